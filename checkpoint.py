@@ -1,0 +1,220 @@
+"""Checkpoint: what a run leaves on disk, so that killing it at any instant loses only the steps since the last save.
+
+    runs/NAME/config.json             the configuration that made it
+              metrics.jsonl           line 1: configuration and commit; then one record per step and per evaluation
+              samples/step-000030.jsonl   every held-out answer of one evaluation
+              summary.json            written once, at the end
+              step-000030/            a checkpoint: Hugging Face folder + trainer.safetensors + trainer.json
+              last, best              links to two of those; older ones are deleted
+
+Everything is written under another name, flushed, and renamed into place: a file or folder with its final name is
+complete. A run is resumed from the newest complete step-* folder, whatever the links say.
+
+Kept apart from train.py so that its loop stays on one screen. Not here: what is trained, and how.
+"""
+import fcntl
+import json
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tokenizer import UserError, read_json
+
+TEMPORARY = ".unfinished"
+
+
+def flush(path: Path) -> None:
+    """Ask the disk to really hold a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.write_text(text)
+    flush(temporary)
+    os.replace(temporary, path)
+
+
+def plain(value):
+    """JSON has no NaN: what is undefined (a mean over no rows) becomes null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with a + when the tree has changes; None outside a git checkout."""
+    try:
+        here = Path(__file__).resolve().parent
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class RunFolder:
+    """One run on disk. Opening it takes a lock, refuses another configuration, and finds where to go on."""
+
+    def __init__(self, path: Path, config: dict, fresh: bool = False):
+        self.path, self.config = Path(path), config
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path} ({error.strerror}); choose another --runs folder") from error
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is training in {self.path}; wait for it or pass another --name") from error
+        if fresh:
+            self.empty()
+        if (self.path / "config.json").exists():
+            self.compare(read_json(self.path / "config.json"))
+        else:
+            write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        for leftover in self.path.rglob("*" + TEMPORARY):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def empty(self) -> None:
+        for item in self.path.iterdir():
+            if item.name != ".lock":
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+
+    def compare(self, old: dict) -> None:
+        """The same run must mean the same configuration, or its curve would be two experiments glued together."""
+        if changed := [key for key in self.config if old.get(key) != self.config[key]]:
+            key = changed[0]
+            raise UserError(f"{self.path} was started with {key} = {old.get(key)!r}, now it is {self.config[key]!r}; "
+                            f"pass another --name, or --fresh to delete that run and start again")
+
+    # checkpoints
+
+    def steps(self) -> list[int]:
+        return sorted(int(item.name.removeprefix("step-")) for item in self.path.glob("step-*") if item.suffix == "")
+
+    def step_folder(self, step: int) -> Path:
+        return self.path / f"step-{step:06d}"
+
+    def save(self, step: int, model, tokenizer, optimizer, state: dict, best: bool) -> None:
+        """A complete checkpoint or none: when the disk fills up, the unfinished one is removed and the previous stays."""
+        final = self.step_folder(step)
+        temporary = final.with_name(final.name + TEMPORARY)
+        try:
+            model.save(temporary)
+            tokenizer.save(temporary)
+            save_file(trainer_tensors(model, optimizer), temporary / "trainer.safetensors")
+            (temporary / "trainer.json").write_text(json.dumps(plain({**state, "step": step}), indent=2) + "\n")
+            for file in temporary.iterdir():
+                flush(file)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            self.link("last", final)
+            if best:
+                self.link("best", final)
+            flush(self.path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = f"the checkpoint of step {self.steps()[-1]} is intact" if self.steps() else "no checkpoint existed yet"
+            raise UserError(f"saving step {step} to {self.path} failed ({error}); {kept}: free some space and run the "
+                            f"same command again") from error
+        keep = {(self.path / name).resolve().name for name in ("last", "best") if (self.path / name).exists()}
+        for old in self.steps():
+            if self.step_folder(old).name not in keep:
+                shutil.rmtree(self.step_folder(old))
+
+    def link(self, name: str, target: Path) -> None:
+        temporary = self.path / (name + TEMPORARY)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target.name)
+        os.replace(temporary, self.path / name)
+
+    def resume(self, model, optimizer) -> dict | None:
+        """Load the newest checkpoint into model and optimizer; return its state, or None at the very start. Records
+        of steps after it are cut off metrics.jsonl: they will be made again."""
+        if not self.steps():
+            state = None
+        else:
+            folder = self.step_folder(self.steps()[-1])
+            state = read_json(folder / "trainer.json")
+            try:
+                restore(load_file(folder / "trainer.safetensors", device=str(model.device)), model, optimizer)
+            except (OSError, SafetensorError, KeyError) as error:
+                raise UserError(f"{folder} cannot be resumed ({error}); delete that folder to go on from an older "
+                                f"checkpoint, or pass --fresh") from error
+            self.link("last", folder)
+        self.trim_metrics(state["step"] if state else -1)
+        return state
+
+    # records
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def trim_metrics(self, step: int) -> None:
+        kept = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
+            try:
+                record = json.loads(line)
+            except ValueError:          # the line that was being written when the process died
+                continue
+            if record.get("step", -1) <= step:
+                kept.append(line)
+        if not kept:
+            kept = [json.dumps({"config": self.config, "commit": git_commit()})]
+        write_text(self.metrics, "\n".join(kept) + "\n")
+
+    def log(self, record: dict) -> None:
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(plain(record)) + "\n")
+
+    def write_samples(self, step: int, samples: list[dict]) -> None:
+        (self.path / "samples").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(plain(sample)) + "\n" for sample in samples)
+        write_text(self.path / "samples" / f"step-{step:06d}.jsonl", lines)
+
+    def write_summary(self, summary: dict) -> None:
+        write_text(self.path / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
+
+    def summary(self) -> dict | None:
+        return read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
+
+
+def trainable(model) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def trainer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """What the Hugging Face folder beside it does not hold: the trained weights as stored (float32 masters, adapters
+    unmerged) and the optimizer's moments."""
+    tensors = {}
+    for name, parameter in trainable(model):
+        tensors[f"weight/{name}"] = parameter.detach().cpu()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.detach().cpu()
+    return tensors
+
+
+def restore(tensors: dict[str, torch.Tensor], model, optimizer) -> None:
+    moments = {}
+    for index, (name, parameter) in enumerate(trainable(model)):
+        with torch.no_grad():
+            parameter.copy_(tensors.pop(f"weight/{name}"))
+        own = [key for key in tensors if key.split("/", 1)[1] == name]
+        if own:
+            moments[index] = {key.split("/", 1)[0]: tensors.pop(key) for key in own}
+    # the learning rate and its schedule belong to the configuration, not to the checkpoint
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,399 @@
+"""Evaluation: what a problem is, what a right answer is, and how often a model gives it.
+
+Place in the loop:  problems -> rollout.generate -> [GRADE] -> avg@k, pass@k, maj@k.
+
+    python eval.py --model DIR --data FILE --k 8 --temperature 0.7 --max_new_tokens 512 --out samples.jsonl
+
+prints one JSON object on stdout; progress goes to stderr. Grading = extraction (find the answer in the text),
+then equality of two canonical values: linear in the length of the text, nothing executed, no algebra.
+
+P problems    K samples of each    B = P * K sequences    T positions
+
+Not here: prompt wording (it belongs to the data), chat templates (tokenizer.py), sampling (rollout.py).
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import checkpoint_folder, load_model
+from rollout import generate
+from tokenizer import Tokenizer, UserError
+
+PROMPT_FIELDS = ("prompt", "messages", "problem", "question")
+ANSWER_FIELDS = ("answer", "solution", "label", "ground_truth")
+VERIFIERS = ("auto", "boxed", "hash", "number", "exact", "math-verify")
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str | list[dict]    # text, or messages {"role", "content"} that do not end with the assistant
+    answer: str | None          # what grade() compares with
+    solution: str | None        # reference solution in full, where the record has one
+    fields: dict                # the record as read
+    line: int                   # its line in the file, from 1
+
+
+def load_problems(path: str | Path, *, need_answer: bool = False, limit: int | None = None) -> list[Problem]:
+    """The first `limit` problems of a .jsonl file, one per line; blank lines are skipped.
+
+    prompt     `prompt`, `messages`, `problem` or `question`: text or a chat, without a last assistant turn.
+    answer     `answer`, `solution`, `label`, `ground_truth`, in this order. Text with \\boxed{} or ####, as
+               in GSM8K, is a worked solution: the answer is what it marks. A `solution` that marks nothing
+               comes after the others; last is what a `response` or that assistant turn marks.
+    solution   `solution`, else `response`, else that assistant turn, else an `answer` that is worked out.
+    Raises     UserError that names file and line.
+    """
+    path, problems = Path(path), []
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, not {limit}")
+    with open(path, "rb") as file:      # as bytes only \n ends a line; str.splitlines() also cuts at U+2028
+        for line, raw in enumerate(file, 1):
+            where = f"{path}, line {line}"
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                record = json.loads(text) if text else None
+            except (ValueError, RecursionError) as error:       # no JSON, no utf-8, or an endless integer
+                raise UserError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from None
+            if not text:
+                continue
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: expected a JSON object, found a {type(record).__name__}")
+            problems.append(_problem(record, line, where))
+            if need_answer and problems[-1].answer is None:
+                raise UserError(f"{where}: no answer, text or a number, in any of {', '.join(ANSWER_FIELDS)}")
+            if len(problems) == limit:
+                break
+    if not problems:
+        raise UserError(f"{path}: no problems in this file")
+    return problems
+
+
+def _problem(record: dict, line: int, where: str) -> Problem:
+    field = next((name for name in PROMPT_FIELDS if record.get(name) is not None), None)
+    if field is None:
+        raise UserError(f"{where}: no prompt; one of {', '.join(PROMPT_FIELDS)} is needed")
+    prompt, reply = record[field], ""
+    if not isinstance(prompt, (str, list)):
+        raise UserError(f"{where}: `{field}` must be text or a list of messages, not {type(prompt).__name__}")
+    if isinstance(prompt, list):
+        for turn in prompt:
+            if not (isinstance(turn, dict) and type(turn.get("role")) is type(turn.get("content")) is str):
+                raise UserError(f"{where}: a message of `{field}` needs `role` and `content`, both text")
+        if prompt and prompt[-1]["role"] == "assistant":
+            prompt, reply = prompt[:-1], prompt[-1]["content"]
+    if not prompt:
+        raise UserError(f"{where}: `{field}` is empty")
+    texts = {name: str(record[name]).strip() if isinstance(record.get(name), (str, int, float)) else ""
+             for name in (*ANSWER_FIELDS, "response")}
+    answer = (texts["answer"] or _marked(texts["solution"]) or texts["label"] or texts["ground_truth"]
+              or texts["solution"] or _marked(texts["response"] or reply) or "")
+    solution = texts["solution"] or texts["response"] or reply or (answer if _marked(answer) else "")
+    return Problem(prompt, _marked(answer) or answer or None, solution or None, record, line)
+
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([-+]?[0-9][0-9.,/]*))")        # MATH also writes \boxed 2
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)                                  # \{ is one token, not a brace
+HASH = re.compile(r"(?<!#)####(?!#)([^\n#]*)")
+ANY_HASH = re.compile(r"(?<!#)(?:####|#(?=\S))(?!#)([^\n#]*)")              # `# ` with a space is a heading
+NUMBER = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+LAST_NUMBER = re.compile(rf"((?:(?<![\w)\]}}])[-+])?{NUMBER}(?: ?/ ?{NUMBER})?)(?: ?\\?%)?")  # 5-3 ends in 3
+
+
+def _last(pattern: re.Pattern, text: str) -> re.Match | None:
+    return max(pattern.finditer(text), key=re.Match.start, default=None)
+
+
+def _boxed(text: str) -> str | None:
+    """Content of the last \\boxed{} or \\fbox{}, braces balanced; None where its brace never closes."""
+    box, depth = _last(BOX, text), 1
+    if box is None or box[1]:
+        return box and box[1]
+    for token in BRACE.finditer(text, box.end()):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return text[box.end():token.start()].strip() or None
+    return None
+
+
+def _marked(text: str) -> str | None:
+    """The answer that a worked solution marks by \\boxed{} or ####, None if it marks none."""
+    return extract(text, "boxed") or extract(text, "hash")
+
+
+def extract(text: str, verifier: str = "auto") -> str | None:
+    """The answer as it stands in a response, None if there is none. Where a verifier looks: see grade()."""
+    auto = verifier in ("auto", "math-verify")
+    if verifier == "boxed" or auto and BOX.search(text):
+        return _boxed(text)
+    if verifier == "hash" or auto and ANY_HASH.search(text):
+        match = _last(ANY_HASH if auto else HASH, text)
+        return match and match[1].strip() or None
+    match = _last(LAST_NUMBER, text.replace("\N{MINUS SIGN}", "-")) if verifier != "exact" else None
+    if verifier == "number":
+        return match and match[1]       # without its percent sign
+    return match[0] if match else text.strip() or None
+
+
+REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\[!,()\[\]]|\\?\$|\\(?:left|right)(?![a-zA-Z])|\^ ?(?:\\circ|\{ ?\\circ ?\})|°", ""),
+    (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1"),
+    (r"\\[;: ]|~|\\q?quad(?![a-zA-Z])", " "),
+    (r"\{,\}", ","),                                        # 1{,}234 is LaTeX for 1,234
+    (r"\\%", "%"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac ?(?:([0-9])|\{([^{}]*)\}) ?(?:([0-9])|\{([^{}]*)\})", r"\\frac{\1\2}{\3\4}"),
+    (r" +", " "),
+    (r"(?<![0-9,]) | (?![0-9])", ""))]      # `1 2` is not 12 and `1, 234` is not 1,234: these two spaces stay
+PLAIN = re.compile(rf"[-+]?{NUMBER}")
+PART = r"[-+]?[0-9]{1,300}(?:\.[0-9]{1,300})?"          # bounded: int() and gcd are quadratic in the digits
+FRAC = re.compile(rf"\\frac\{{({PART})\}}\{{({PART})\}}")
+RATIO = re.compile(rf"([-+]?) ?(?:([0-9]{{1,300}}) )?({PART})/({PART})")
+
+
+def canonical(answer: str) -> Decimal | Fraction | str:
+    """A hashable value, equal for equal answers: an exact number where the text is one, else the tidied text.
+
+    Python compares and hashes Decimal and Fraction exactly and alike (0.5 == 1/2): no float, no tolerance.
+    Decimal keeps 1e999999 as digits and exponent, Fraction would write out a million digits.
+    """
+    text = " ".join(answer.replace("\N{MINUS SIGN}", "-").split())
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    text = text.strip().rstrip(".")
+    value = _number(text.removesuffix("%"), percent=text.endswith("%"))
+    return text.replace(", ", ",") if value is None else value
+
+
+def _number(text: str, percent: bool) -> Decimal | Fraction | None:
+    try:
+        if PLAIN.fullmatch(text):       # the constructor is exact; Decimal arithmetic rounds to 28 digits
+            return Decimal(text.replace(",", "") + "e-2" * percent)
+        ratio = RATIO.fullmatch(FRAC.sub(r" \1/\2", text).strip())
+        if ratio is None:
+            return None
+        sign, whole, over, under = ratio.groups()
+        value = Fraction(over) / Fraction(under)
+    except (InvalidOperation, ZeroDivisionError):       # an exponent beyond 10**18, 1e3%, 1/0: compared as text
+        return None
+    if whole and not ((over + under).isdigit() and value < 1):      # 2\frac{3}{2} may as well be a product
+        return None
+    value += int(whole or 0)
+    return (-value if sign == "-" else value) / (100 if percent else 1)
+
+
+def grade(text: str, answer: str, verifier: str = "auto") -> bool:
+    """True if the response `text` gives `answer`. A response without an answer is wrong, never an error.
+
+    Where a verifier looks:
+      boxed        the last \\boxed{} or \\fbox{}, braces balanced; one that never closes is no answer
+      hash         after the last ####, to the end of the line (GSM8K)
+      number       the last number in the text, a/b being one number; on both sides units and % do not count
+      exact        the whole text: the answer to the character, white space at the ends aside
+      auto         boxed if there is a box, else after the last #### or # (`1*2=2#2`), else the last number,
+                   else the whole text
+      math-verify  that package decides (pip install math-verify)
+
+    Equal (exact and math-verify aside) are the same numbers, 1,234 = 1234.0 = +01234 = 1.234e3 and
+    0.5 = 1/2 = \\tfrac{2}{4} and 1\\frac12 = 1 1/2 = 1.5, without tolerance; and the same texts but for
+    white space, $, \\left, \\right, \\text{}, thin spaces, a trailing dot and the degree sign. 50% equals 50%
+    and 0.5, not 50. Units and letter case count: 5 cm is not 5.
+
+    Weaker than math-verify: no algebra (x+1 is not 1+x), sets, intervals, roots or equations (x=5 is not 5).
+    It errs towards wrong: compare only runs that were graded by one verifier.
+    """
+    if verifier not in VERIFIERS:
+        raise UserError(f"unknown verifier {verifier!r}: choose from {', '.join(VERIFIERS)}")
+    truth = _marked(answer) or answer
+    if verifier == "math-verify":
+        try:
+            from math_verify import parse, verify
+        except ImportError:
+            raise UserError("the verifier math-verify is not installed: pip install math-verify") from None
+        return bool(verify(parse(f"\\boxed{{{truth}}}"), parse(text)))
+    found = extract(text, verifier)
+    if found is None or verifier == "exact":
+        return found is not None and found == answer.strip()
+    if verifier == "number":
+        truth = extract(truth, "number") or truth
+    return canonical(found) == canonical(truth) != ""
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased for every n >= k (Chen 2021, arXiv:2107.03374). The product never forms a large binomial.
+    """
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - correct + 1, n + 1))) if correct else 0.0
+
+
+def majority(votes: list, correct: list[bool]) -> float:
+    """Chance that the most frequent answer is right when a tie is broken uniformly at random.
+
+    votes: the canonical answer of each sample; None (no answer) does not vote. Nobody votes: 0.
+    """
+    counts, right = Counter(vote for vote in votes if vote is not None), dict(zip(votes, correct))
+    top = max(counts.values(), default=0)
+    winners = [right[vote] for vote, count in counts.items() if count == top]
+    return sum(winners) / max(len(winners), 1)
+
+
+def bootstrap_interval(values_P: np.ndarray, seed: int = 0) -> list[float]:
+    """95 % percentile interval of the mean over problems: 20 x 100 (memory) resamples of P with replacement.
+
+    Values that are all alike (every answer right) give width zero: then the interval says nothing.
+    """
+    rng, size = np.random.default_rng(seed), len(values_P)
+    means = [values_P[rng.integers(size, size=(100, size))].mean(axis=1) for _ in range(20)]
+    return np.quantile(np.concatenate(means), (0.025, 0.975)).tolist()
+
+
+def check_settings(k: int, temperature: float, max_new_tokens: int, slots: int, verifier: str | None) -> None:
+    """UserError for a setting that makes no sense, before a model is loaded."""
+    for name, value in (("k", k), ("max_new_tokens", max_new_tokens), ("slots", slots)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature must be 0 or a positive number, not {temperature}")
+    if temperature == 0 and k > 1:
+        raise UserError(f"temperature 0 gives the same response {k} times: use k 1 or a temperature above 0")
+    if verifier is not None:
+        grade("", "", verifier)
+
+
+def evaluate(model, tokenizer, problems: list[Problem], *, k: int, temperature: float, max_new_tokens: int,
+             seed: int, verifier: str | None = "auto", slots: int = 64, progress: str | None = None,
+             variables: dict | None = None) -> tuple[dict, list[dict]]:
+    """Sample k responses per problem and grade them. Returns (metrics, samples), samples problem by problem.
+
+    metrics   avg@k, pass@k, maj@k from 0 to 1, each with `..._ci` = [low, high]; truncation_rate: share of
+              samples cut at max_new_tokens; mean_length: tokens per sample; counts problems, samples, tokens.
+              verifier None: no grading, so none of the first three.
+    samples   problem and sample (both from 0), prompt_tokens, tokens (stop token included), logprobs (one per
+              token, nats, at `temperature`), text (without special tokens), answer (as extracted, or None),
+              correct (None without verifier), finished (ended by a stop token).
+    `variables` go to the chat template. Raises UserError before anything is sampled.
+    """
+    check_settings(k, temperature, max_new_tokens, slots, verifier)
+    if not problems:
+        raise UserError("there are no problems to evaluate on")
+    prompts = [tokenizer.prompt_ids(problem.prompt, **(variables or {})) for problem in problems]
+    for problem, ids in zip(problems, prompts):
+        if len(ids) + max_new_tokens > model.config.context:
+            raise UserError(f"the prompt on line {problem.line} has {len(ids)} tokens; with max_new_tokens "
+                            f"{max_new_tokens} it does not fit the model's context of {model.config.context}")
+        if verifier is not None and problem.answer is None:
+            raise UserError(f"the problem on line {problem.line} has no answer to grade against")
+    rollout = generate(model, prompts, samples=k, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids,
+                       temperature=temperature, seed=seed, slots=slots, vocab_size=tokenizer.vocab_size,
+                       progress=progress)
+    logp_BT, mask_BT, finished_B = rollout.logp_BT.cpu(), rollout.mask_BT.cpu(), rollout.finished_B.tolist()
+    samples = []
+    for b, finished in enumerate(finished_B):
+        tokens = rollout.response(b)
+        text = tokenizer.decode(tokens)
+        samples.append({"problem": b // k, "sample": b % k, "prompt_tokens": prompts[b // k],
+                        "tokens": tokens, "logprobs": logp_BT[b][mask_BT[b]].tolist(), "text": text,
+                        "answer": verifier and extract(text, verifier),
+                        "correct": verifier and grade(text, problems[b // k].answer, verifier),
+                        "finished": finished})
+    return _metrics(samples, k, verifier), samples
+
+
+def _metrics(samples: list[dict], k: int, verifier: str | None) -> dict:
+    metrics = {}
+    if verifier is not None:
+        correct_PK = np.array([s["correct"] for s in samples], dtype=np.float64).reshape(-1, k)
+        key = str if verifier == "exact" else canonical
+        votes = [None if s["answer"] is None else key(s["answer"]) for s in samples]
+        maj_P = [majority(votes[p * k:(p + 1) * k], row) for p, row in enumerate(correct_PK.tolist())]
+        pass_P = [pass_at_k(k, int(row.sum()), k) for row in correct_PK]
+        for name, values_P in (("avg", correct_PK.mean(axis=1)), ("pass", pass_P), ("maj", maj_P)):
+            metrics[f"{name}@{k}"] = float(np.mean(values_P))
+            metrics[f"{name}@{k}_ci"] = bootstrap_interval(np.array(values_P))
+    tokens = sum(len(s["tokens"]) for s in samples)
+    return metrics | {"truncation_rate": 1 - sum(s["finished"] for s in samples) / len(samples),
+                      "mean_length": tokens / len(samples), "problems": len(samples) // k,
+                      "samples": len(samples), "tokens": tokens}
+
+
+def template_variable(text: str) -> tuple[str, object]:
+    """`enable_thinking=false` -> ("enable_thinking", False). A value that is not JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()) or name in ("prompt", "messages", "add_generation_prompt"):
+        raise UserError(f"expected NAME=VALUE, a variable of the chat template, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def run(argv: list[str] | None) -> dict:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Sample, grade, print metrics as JSON.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--model", required=True, help="folder or hub id of a checkpoint in Hugging Face layout")
+    flag("--data", required=True, help=".jsonl file of problems with answers")
+    flag("--k", type=int, default=8, help="samples per problem")
+    flag("--temperature", type=float, default=0.7, help="0 = greedy, then --k 1")
+    flag("--max_new_tokens", type=int, default=512, help="a sample is cut here; watch truncation_rate")
+    flag("--seed", type=int, default=0, help="seed of the sampler")
+    flag("--verifier", choices=VERIFIERS, default="auto", help="where the answer is looked for")
+    flag("--limit", type=int, help="only the first LIMIT problems")
+    flag("--out", type=Path, help=".jsonl file that gets one line per sample")
+    flag("--slots", type=int, default=64, help="sequences decoded at once; changes memory and speed only")
+    flag("--device", default="auto", help="auto = cuda if there is one, else cpu; mps must be asked for")
+    flag("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+         help="auto = bfloat16 on cuda, else float32")
+    flag("--chat_template", default="auto", help="auto (the checkpoint's own), plain, or a .jinja file")
+    flag("--template_var", action="append", default=[], metavar="NAME=VALUE",
+         help="variable for the chat template, such as enable_thinking=false; may be repeated")
+    args = parser.parse_args(argv)
+
+    check_settings(args.k, args.temperature, args.max_new_tokens, args.slots, args.verifier)
+    variables = dict(map(template_variable, args.template_var))
+    if args.out and (not args.out.parent.is_dir() or args.out.exists() and not args.out.is_file()):
+        raise UserError(f"--out {args.out}: its folder must exist, and what is there may only be a file")
+    problems = load_problems(args.data, need_answer=True, limit=args.limit)
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: there is no such device here") from None
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    folder = checkpoint_folder(args.model)
+    tokenizer = Tokenizer(folder, args.chat_template)
+    model = load_model(folder, dtype=getattr(torch, dtype), device=device)
+    settings = {name: vars(args)[name] for name in ("k", "temperature", "max_new_tokens", "seed", "verifier")}
+    metrics, samples = evaluate(model, tokenizer, problems, **settings, slots=args.slots, progress="evaluate",
+                                variables=variables)
+    if args.out:
+        part = args.out.with_name(f"{args.out.name}.{os.getpid()}.part")
+        part.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        os.replace(part, args.out)      # a reader finds the old file or the whole new one
+    return {"model": args.model, "data": args.data} | settings | metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        print(json.dumps(run(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

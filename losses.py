@@ -1,0 +1,387 @@
+"""Losses: at each token the student chose, how far is it from the teacher, and how much does that token count?
+
+Place in the loop:  rollout -> teacher -> [LOSSES] -> optimizer.  Imports torch only.
+
+This file sees ROWS. One row = one response token; prompts, padding and the shift by one are gone before a row exists,
+so nothing here takes a mask. Three tables of pure functions; a published method is a choice from each:
+
+    DIVERGENCES  (Rows, LossArgs)    -> loss_N         differentiated, one micro-batch chunk at a time
+    ADVANTAGES   (Signals, LossArgs) -> advantage_N    no gradient, from the whole step's rollout
+    WEIGHTS      (Signals, LossArgs) -> weight_N       no gradient, from the whole step's rollout; 0 = dropped
+
+Axes: N rows, V real vocabulary, K support, D student width, E teacher width, B sequences of the step.
+p student, q teacher, b behaviour (the student when it sampled), a the sampled token. Natural logs; float32, or float64
+when given. reverse_kl = KL(p||q), forward_kl = KL(q||p). A loss is one number per row, not reduced.
+
+What differentiating each sampled estimate of KL(p||q) really does, in expectation over a ~ p (tests/test_losses.py):
+    k1 = log p(a) - log q(a)       right value, gradient exactly zero             not offered
+    k2 = (log p(a) - log q(a))^2/2 wrong value, gradient of KL(p||q)              offered
+    k3 = q/p - 1 - log q/p         right value, gradient of KL(q||p)              not offered
+    policy_gradient with A = log q(a) - log b(a), held fixed: gradient of KL(p||q) when b = p
+
+Add a loss: write the function, give it a line in its table, test its value, gradient and limits.
+"""
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def opt(default, help: str, choices: tuple | None = None):
+    """A dataclass field that carries its own --help line."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class LossArgs:
+    beta: float = opt(0.5, "jsd: weight of the teacher in the mixture, strictly between 0 and 1")
+    skew: float = opt(0.1, "skewed KLs: share of the other distribution mixed in, 0 <= skew < 1")
+    topk: int = opt(16, "top-k losses: size of each side's support")
+    support: str = opt("student", "top-k losses: whose top-k tokens", ("student", "teacher", "union", "intersection"))
+    topk_form: str = opt("truncated", "top-k losses: what happens to the mass outside the support",
+                         ("renormalised", "truncated", "tail"))
+    clip: float = opt(0.2, "policy_gradient: the ratio p(a)/b(a) is kept in [1 - clip, 1 + clip]")
+    grpo_std: bool = opt(True, "grpo: divide by the group's standard deviation (off: Dr. GRPO)")
+
+
+class Rows(NamedTuple):
+    """What a divergence may look at. Gradient flows through student_NV only."""
+    student_NV: Tensor                      # log p
+    token_N: Tensor                         # a, int64
+    teacher_NV: Tensor | None = None        # log q; None when there is no teacher
+    behavior_N: Tensor | None = None        # log b(a), stored by the sampler
+    advantage_N: Tensor | None = None       # from ADVANTAGES
+
+    def student_N(self) -> Tensor:
+        return self.student_NV.gather(1, self.token_N[:, None]).squeeze(1)
+
+    def teacher_N(self) -> Tensor:
+        return self.teacher_NV.gather(1, self.token_N[:, None]).squeeze(1)
+
+
+class Signals(NamedTuple):
+    """What is known of a whole step before the update. Sequence-level things (filters, group statistics) are only
+    right when they see all of it, never one micro-batch."""
+    student_N: Tensor                       # log b(a)
+    student_entropy_N: Tensor               # nats
+    sequence_N: Tensor                      # int64: which sequence a row belongs to
+    position_N: Tensor                      # int64: 0 for the first response token
+    length_B: Tensor                        # int64: response tokens
+    group_B: Tensor                         # int64: which problem a sequence answers
+    finished_B: Tensor                      # bool
+    teacher_N: Tensor | None = None         # log q(a)
+    teacher_entropy_N: Tensor | None = None
+    reward_B: Tensor | None = None          # float: 1 right, 0 wrong
+
+
+# Divergences over the whole vocabulary. Zero iff p == q; the teacher gets no gradient because its rows carry none.
+
+def reverse_kl(r: Rows, args: LossArgs) -> Tensor:
+    """sum_v p (log p - log q) = KL(p||q), exact, mode-seeking.  Gu 2023, arXiv:2306.08543; GKD, arXiv:2306.13649.
+
+    Gradient also flows through the leading p: the true derivative p (log p/q - KL) on the logits, no estimator.
+    """
+    return (r.student_NV.exp() * (r.student_NV - r.teacher_NV)).sum(-1)
+
+
+def forward_kl(r: Rows, args: LossArgs) -> Tensor:
+    """sum_v q (log q - log p) = KL(q||p), exact, mass-covering; gradient p - q on the logits.  Hinton 2015."""
+    return (r.teacher_NV.exp() * (r.teacher_NV - r.student_NV)).sum(-1)
+
+
+def jsd(r: Rows, args: LossArgs) -> Tensor:
+    """beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p.  GKD, Agarwal 2023, arXiv:2306.13649, eq. 1.
+
+    Limits: jsd/beta -> KL(q||p) as beta -> 0, jsd/(1-beta) -> KL(p||q) as beta -> 1, so jsd itself -> 0 at both ends:
+    beta acts as a learning rate there. beta of 0 or 1 is refused instead of silently becoming another loss.
+    """
+    if not 0 < args.beta < 1:
+        raise ValueError(f"jsd needs 0 < beta < 1, not {args.beta}: use forward_kl or reverse_kl for the ends")
+    beta = torch.as_tensor(args.beta, dtype=r.student_NV.dtype, device=r.student_NV.device)
+    m_NV = torch.logaddexp(r.teacher_NV + beta.log(), r.student_NV + (1 - beta).log())
+    teacher = (r.teacher_NV.exp() * (r.teacher_NV - m_NV)).sum(-1)
+    student = (r.student_NV.exp() * (r.student_NV - m_NV)).sum(-1)
+    return beta * teacher + (1 - beta) * student
+
+
+def log_mix(main_NV: Tensor, other_NV: Tensor, share: float) -> Tensor:
+    """log((1-share) main + share other)."""
+    if not 0 <= share < 1:
+        raise ValueError(f"skewed KLs need 0 <= skew < 1, not {share}")
+    if share == 0:
+        return main_NV
+    share = torch.as_tensor(share, dtype=main_NV.dtype, device=main_NV.device)
+    return torch.logaddexp(main_NV + (1 - share).log(), other_NV + share.log())
+
+
+def skewed_forward_kl(r: Rows, args: LossArgs) -> Tensor:
+    """KL(q || (1-skew) p + skew q).  DistiLLM, Ko 2024, arXiv:2402.03898. skew 0 = forward_kl; bounded by -log skew."""
+    return (r.teacher_NV.exp() * (r.teacher_NV - log_mix(r.student_NV, r.teacher_NV, args.skew))).sum(-1)
+
+
+def skewed_reverse_kl(r: Rows, args: LossArgs) -> Tensor:
+    """KL(p || (1-skew) q + skew p).  DistiLLM, Ko 2024, arXiv:2402.03898. skew 0 = reverse_kl; bounded by -log skew."""
+    return (r.student_NV.exp() * (r.student_NV - log_mix(r.teacher_NV, r.student_NV, args.skew))).sum(-1)
+
+
+# Divergences on a support of a few tokens.
+
+class Support(NamedTuple):
+    """Log-probs on the chosen tokens (N, K), full-softmax normalised, and which of the K columns count."""
+    student_NK: Tensor
+    teacher_NK: Tensor
+    keep_NK: Tensor
+    id_NK: Tensor
+
+
+def choose_support(r: Rows, args: LossArgs) -> Support:
+    """student / teacher: that side's top-k. intersection: the student's top-k that are in the teacher's too.
+    union: the student's, then the teacher's that are not among them. The choice itself carries no gradient."""
+    k = min(args.topk, r.student_NV.shape[1])
+    student_id_NK = r.student_NV.detach().topk(k).indices
+    teacher_id_NK = r.teacher_NV.topk(k).indices
+    same_NKK = student_id_NK[:, :, None] == teacher_id_NK[:, None, :]
+    everywhere = torch.ones_like(student_id_NK, dtype=torch.bool)
+    id_NK, keep_NK = {
+        "student": (student_id_NK, everywhere),
+        "teacher": (teacher_id_NK, everywhere),
+        "intersection": (student_id_NK, same_NKK.any(2)),
+        "union": (torch.cat([student_id_NK, teacher_id_NK], 1), torch.cat([everywhere, ~same_NKK.any(1)], 1)),
+    }[args.support]
+    return Support(r.student_NV.gather(1, id_NK), r.teacher_NV.gather(1, id_NK), keep_NK, id_NK)
+
+
+def renormalised(logp_NK: Tensor, keep_NK: Tensor) -> Tensor:
+    """log-probs divided by their mass on the support; -1e30 off it, and everywhere when the support is empty. A large
+    finite number, because -inf turns into NaN in the backward pass of a row without support."""
+    masked_NK = logp_NK.masked_fill(~keep_NK, -1e30)
+    empty_N1 = ~keep_NK.any(-1, keepdim=True)
+    return torch.where(keep_NK, masked_NK - masked_NK.logsumexp(-1, keepdim=True).masked_fill(empty_N1, 0.0), -1e30)
+
+
+def kl_on_support(a_NK: Tensor, b_NK: Tensor, keep_NK: Tensor) -> Tensor:
+    """sum over the support of exp(a) (a - b); exact zero off it."""
+    return torch.where(keep_NK, a_NK.exp() * (a_NK - b_NK), 0.0).sum(-1)
+
+
+def tail_term(a_NV: Tensor, b_NV: Tensor, s: Support) -> Tensor:
+    """The one bucket that holds everything outside the support: A log(A/B), A and B its masses. Summed from its own
+    entries, since 1 - (mass on the support) loses all digits when that mass is near 1."""
+    # counted, not written: in a union the teacher's masked duplicate names the same token as its kept twin
+    inside_NV = torch.zeros_like(a_NV).scatter_add(1, s.id_NK, s.keep_NK.to(a_NV.dtype)) > 0
+    rest_a_N, rest_b_N = (x.masked_fill(inside_NV, -1e30).logsumexp(-1) for x in (a_NV, b_NV))
+    return torch.where(inside_NV.all(-1), 0.0, rest_a_N.exp() * (rest_a_N - rest_b_N))
+
+
+def topk_reverse_kl(r: Rows, args: LossArgs) -> Tensor:
+    """KL(p||q) restricted to a support S.  Rethinking OPD, Li 2026, arXiv:2604.13016.
+
+    renormalised   KL(p_S || q_S), both divided by their mass on S (eq. 5): >= 0, and identically 0 at k = 1.
+    truncated      sum_S w log(p/q) with w = p renormalised on S and held fixed, raw log-ratio, gradient through
+                   log p only: thunlp/OPD's code. Can be negative; differs from eq. 5 once S holds less than all mass.
+    tail           sum_S p log(p/q) + one bucket for the rest: a KL of a coarser distribution, 0 <= it <= KL(p||q).
+    All three equal KL(p||q), value and gradient, when S is the vocabulary. An empty intersection gives 0.
+    """
+    s = choose_support(r, args)
+    if args.topk_form == "renormalised":
+        return kl_on_support(renormalised(s.student_NK, s.keep_NK), renormalised(s.teacher_NK, s.keep_NK), s.keep_NK)
+    if args.topk_form == "tail":
+        return kl_on_support(s.student_NK, s.teacher_NK, s.keep_NK) + tail_term(r.student_NV, r.teacher_NV, s)
+    weight_NK = torch.where(s.keep_NK, renormalised(s.student_NK.detach(), s.keep_NK).exp(), 0.0)
+    cost_NK = weight_NK * (s.student_NK - s.teacher_NK).detach()
+    # the value is sum cost; its gradient is the policy gradient of a draw from w with every log p(v) live
+    return (cost_NK * (1 + s.student_NK - s.student_NK.detach())).sum(-1)
+
+
+def topk_forward_kl(r: Rows, args: LossArgs) -> Tensor:
+    """KL(q||p) restricted to a support S, usually the teacher's.  Forms as in topk_reverse_kl; verl's forward_kl_topk is
+    `truncated`: sum_S q log(q/p) with raw probabilities, negative when the student holds more mass on S than the
+    teacher (verl issue 7856). `tail` is the form that stays a KL."""
+    s = choose_support(r, args)
+    if args.topk_form == "renormalised":
+        return kl_on_support(renormalised(s.teacher_NK, s.keep_NK), renormalised(s.student_NK, s.keep_NK), s.keep_NK)
+    tail_N = tail_term(r.teacher_NV, r.student_NV, s) if args.topk_form == "tail" else 0.0
+    return kl_on_support(s.teacher_NK, s.student_NK, s.keep_NK) + tail_N
+
+
+# Losses on the sampled token alone.
+
+def policy_gradient(r: Rows, args: LossArgs) -> Tensor:
+    """-min(ratio A, clip(ratio) A), ratio = p(a)/b(a), A held fixed.  PPO, Schulman 2017; OPD as RL: Thinking Machines
+    2025. With A = log q(a) - log b(a) and b = p, E_a[gradient] = gradient of KL(p||q) at this prefix.
+
+    At the first update after sampling ratio = 1 and nothing is clipped: the gradient is -A grad log p(a). Effects of
+    this token on later ones are not counted (discount 0).
+    """
+    ratio_N = (r.student_N() - r.behavior_N).exp()
+    clipped_N = ratio_N.clamp(1 - args.clip, 1 + args.clip)
+    return -torch.minimum(ratio_N * r.advantage_N, clipped_N * r.advantage_N)
+
+
+def k2(r: Rows, args: LossArgs) -> Tensor:
+    """(log p(a) - log q(a))^2 / 2.  Schulman's k2: E_a[gradient] = gradient of KL(p||q), though its value is not the KL.
+    No ratio: differentiate it on fresh samples only."""
+    return (r.student_N() - r.teacher_N()).square() / 2
+
+
+def cross_entropy(r: Rows, args: LossArgs) -> Tensor:
+    """-log p(a): imitation of given responses (SFT, sequence-level KD). On the student's own samples its expected
+    gradient is zero."""
+    return -r.student_N()
+
+
+DIVERGENCES = {
+    "reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd,
+    "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
+    "topk_reverse_kl": topk_reverse_kl, "topk_forward_kl": topk_forward_kl,
+    "policy_gradient": policy_gradient, "k2": k2, "cross_entropy": cross_entropy,
+}
+ON_SAMPLES_ONLY = ("policy_gradient", "k2")         # estimates that are wrong on responses the student did not write
+NEEDS_NO_TEACHER = ("cross_entropy",)               # and policy_gradient with an advantage that needs none
+
+
+# Advantages: one number per row, no gradient.
+
+def opd_advantage(s: Signals, args: LossArgs) -> Tensor:
+    """log q(a) - log b(a): minus the sampled reverse KL at this token.  Thinking Machines 2025; MiniLLM's r_t."""
+    return s.teacher_N - s.student_N
+
+
+def grpo_advantage(s: Signals, args: LossArgs) -> Tensor:
+    """(reward - group mean) / group std (n - 1), the same on every token of a response.  Shao 2024, arXiv:2402.03300;
+    without the std: Dr. GRPO, arXiv:2503.20783. A unanimous group gets exactly 0: no epsilon decides it."""
+    n_groups = int(s.group_B.max()) + 1
+    zeros_G = torch.zeros(n_groups, dtype=s.reward_B.dtype, device=s.reward_B.device)
+    size_G = zeros_G.scatter_add(0, s.group_B, torch.ones_like(s.reward_B))
+    mean_G = zeros_G.scatter_add(0, s.group_B, s.reward_B) / size_G
+    centred_B = s.reward_B - mean_G[s.group_B]
+    if args.grpo_std:
+        std_G = (zeros_G.scatter_add(0, s.group_B, centred_B.square()) / (size_G - 1).clamp(min=1)).sqrt()
+        std_B = std_G[s.group_B]
+        centred_B = torch.where(std_B > 0, centred_B / std_B, 0.0)
+    return centred_B[s.sequence_N]
+
+
+ADVANTAGES = {"opd": opd_advantage, "grpo": grpo_advantage}
+NEEDS_REWARD = ("grpo",)
+ADVANTAGE_NEEDS_TEACHER = ("opd",)
+
+
+# Weights: one number >= 0 per row, no gradient.
+
+def uniform_weight(s: Signals, args: LossArgs) -> Tensor:
+    """Every token counts the same."""
+    return torch.ones_like(s.student_N)
+
+
+WEIGHTS = {"none": uniform_weight}
+
+
+# The same numbers for every run, whatever its loss.
+
+DIAGNOSTIC_K = 16       # the k of Rethinking OPD's metrics (arXiv:2604.13016, section 2.3)
+
+
+def diagnostics(r: Rows) -> dict[str, Tensor]:
+    """Per row, no gradient.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens in both
+    top-16 sets. NaN where a quantity is undefined (no shared token); means skip those rows."""
+    p, q = r.student_NV.detach(), r.teacher_NV
+    entropy_p, entropy_q = -(p.exp() * p).sum(-1), -(q.exp() * q).sum(-1)
+    k = min(DIAGNOSTIC_K, p.shape[1])
+    student_NK, student_id_NK = p.topk(k)
+    top_teacher_NK, teacher_id_NK = q.topk(k)
+    teacher_NK = q.gather(1, student_id_NK)         # q on the student's top k; its own top k is top_teacher_NK
+    keep_NK = (student_id_NK[:, :, None] == teacher_id_NK[:, None, :]).any(2)
+    size = keep_NK.sum(-1)
+    shared_kl = kl_on_support(renormalised(student_NK, keep_NK), renormalised(teacher_NK, keep_NK), keep_NK)
+    return {
+        "reverse_kl": (p.exp() * (p - q)).sum(-1),
+        "forward_kl": (q.exp() * (q - p)).sum(-1),
+        "overlap_ratio": size / k,
+        "overlap_mass_student": torch.where(keep_NK, student_NK.exp(), 0.0).sum(-1),
+        "overlap_mass_teacher": torch.where(keep_NK, teacher_NK.exp(), 0.0).sum(-1),
+        "overlap_advantage": torch.where(size > 0, -shared_kl / size, torch.nan),
+        "student_entropy": entropy_p,
+        "teacher_entropy": entropy_q,
+        "entropy_gap": (entropy_q - entropy_p).abs(),
+        "topk_mass_student": student_NK.exp().sum(-1),
+        "topk_mass_teacher": top_teacher_NK.exp().sum(-1),
+    }
+
+
+def repeats(tokens: list[int], n: int = 4) -> list[float]:
+    """1.0 for each token that ends an n-gram seen earlier in the same response, else 0.0: its mean is the repetition
+    rate (seq-rep-4, Welleck 2019, arXiv:1908.04319).
+
+    >>> repeats([1, 2, 3, 4, 1, 2, 3, 4])
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    """
+    seen, out = set(), []
+    for end in range(1, len(tokens) + 1):
+        gram = tuple(tokens[max(0, end - n):end])
+        out.append(1.0 if len(gram) == n and gram in seen else 0.0)
+        seen.add(gram)
+    return out
+
+
+def summarise(per_row: dict[str, Tensor], position_N: Tensor, length_N: Tensor) -> dict[str, float]:
+    """Mean of every quantity over all rows, and over each quarter of the responses: name/q1 ... name/q4, where a token
+    belongs to the quarter of its own response in which it stands."""
+    quarter_N = (4 * position_N // length_N).clamp(max=3)
+    out = {}
+    for name, value_N in per_row.items():
+        value_N = value_N.double()
+        out[name] = value_N.nanmean().item()
+        for quarter in range(4):
+            out[f"{name}/q{quarter + 1}"] = value_N[quarter_N == quarter].nanmean().item()
+    return out
+
+
+# The engine: exact losses in memory O(chunk).
+
+def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | None, batch: dict, scale_N: Tensor,
+                     divergence, args: LossArgs, *, temperature: float, chunk_rows: int,
+                     teacher_hidden_NE: Tensor | None = None, teacher_head_VE: Tensor | None = None,
+                     diagnose: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Backward of sum_n scale_n loss_n without ever holding (N, V) logits. Returns (loss_N, diagnostics per row).
+
+    hidden_ND      student states with their graph; teacher_hidden_NE the teacher's, constants.
+    head_VD        student head cut to the real vocabulary, in the dtype of hidden_ND; no gradient of its own.
+    head_grad_VD   where its gradient is added (None: the head is frozen).
+    batch          the (N,) fields of Rows: token_N, behavior_N, advantage_N.
+    scale_N        weight of each row over the denominator of the whole optimizer step, counted before the first
+                   micro-batch.
+
+    A few hundred rows at a time: project both sides, run the loss backward as far as the logits, turn that by hand into
+    the gradient of the states and of the head, forget the logits. Then push the states' gradient through the body once.
+    Extra memory: a handful of (chunk_rows, V) tensors, whatever N is.
+    """
+    states_ND = hidden_ND.detach()
+    grad_ND = torch.empty_like(states_ND)
+    losses, per_row = [], []
+    for start in range(0, len(states_ND), chunk_rows):
+        at = slice(start, start + chunk_rows)
+        logits_NV = upcast(states_ND[at] @ head_VD.T).requires_grad_()
+        teacher_NV = None
+        if teacher_hidden_NE is not None:
+            teacher_NV = (upcast(teacher_hidden_NE[at] @ teacher_head_VE.T) / temperature).log_softmax(-1)
+        with torch.enable_grad():
+            rows = Rows((logits_NV / temperature).log_softmax(-1), teacher_NV=teacher_NV,
+                        **{name: None if value is None else value[at] for name, value in batch.items()})
+            loss_N = divergence(rows, args)
+            (grad_NV,) = torch.autograd.grad((loss_N * scale_N[at]).sum(), logits_NV)
+        losses.append(loss_N.detach())
+        if diagnose and teacher_NV is not None:
+            with torch.no_grad():
+                per_row.append(diagnostics(rows))
+        grad_ND[at] = grad_NV.to(states_ND.dtype) @ head_VD
+        if head_grad_VD is not None:
+            head_grad_VD.addmm_(grad_NV.T.to(head_grad_VD.dtype), states_ND[at].to(head_grad_VD.dtype))
+    hidden_ND.backward(grad_ND)
+    return torch.cat(losses), {name: torch.cat([d[name] for d in per_row]) for name in (per_row[0] if per_row else ())}
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Log-softmax needs float32 at least; float64 stays."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,67 @@
+"""Memory: what a run will need, said before it is spent.
+
+Place in the loop: train.py prints it before the weights are loaded (or `python train.py --plan` alone). Works from the
+two config.json files and the flags; nothing here allocates.
+"""
+from pathlib import Path
+
+import torch
+
+from model import ModelConfig, Transformer, load_config
+
+
+def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
+    """Rows whose float32 logits take 16 MB on a CPU (they should stay in cache) and 256 MB on a GPU."""
+    return cfg.chunk_rows or max(16, (2**22 if device.type == "cpu" else 2**26) // vocab_size)
+
+
+def memory_plan(cfg, student: ModelConfig, teacher: ModelConfig | None, prompt: int, vocab_size: int,
+                chunk_rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes, by what they are for. Weights, gradients, moments, cache and hidden rows are exact; activations count the
+    tensors that the backward pass keeps, and the allocator adds its own few percent."""
+    def size(config: ModelConfig) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in Transformer(config).parameters())
+    item, s = dtype.itemsize, student
+    length = prompt + cfg.max_new_tokens
+    sequences = cfg.problems * cfg.samples
+    weights = size(s)
+    qkv = (s.num_attention_heads + 2 * s.num_key_value_heads) * s.head_dim
+    wide = qkv + s.num_attention_heads * s.head_dim + 3 * s.intermediate_size
+    adapters = cfg.lora_rank * s.num_hidden_layers * (
+        4 * s.hidden_size + 2 * s.num_attention_heads * s.head_dim + qkv - s.num_attention_heads * s.head_dim
+        + s.hidden_size + 3 * (s.hidden_size + s.intermediate_size))
+    trained = adapters or weights
+    tokens = max(min(cfg.micro_batch_tokens, sequences * length), length)
+    per_layer = tokens * (wide * item + s.hidden_size * (4 * item + 8))
+    kept_layers = per_layer * s.num_hidden_layers
+    if cfg.gradient_checkpointing:
+        kept_layers = per_layer + tokens * s.hidden_size * item * s.num_hidden_layers
+    plan = {
+        "student weights, float32": 4 * (weights + adapters),
+        "gradients and AdamW moments": 12 * trained,
+        "student copy for sampling": 0 if dtype == torch.float32 else item * weights,
+        "KV cache": (min(cfg.slots, sequences) * length * 2 * s.num_hidden_layers * s.num_key_value_heads * s.head_dim
+                     * item),
+        "activations of a micro-batch": kept_layers,
+        "logits of a chunk": 8 * 4 * min(chunk_rows, sequences * cfg.max_new_tokens) * vocab_size,
+    }
+    if teacher is not None:
+        plan["teacher weights"] = item * size(teacher)
+        plan["teacher hidden states"] = sequences * cfg.max_new_tokens * teacher.hidden_size * item
+    return plan
+
+
+def print_plan(cfg, folder: Path, teacher_folder: Path | None, prompt: int, vocab_size: int, device, dtype) -> None:
+    plan = memory_plan(cfg, load_config(folder), load_config(teacher_folder) if teacher_folder else None, prompt,
+                       vocab_size, auto_chunk(cfg, vocab_size, device), dtype)
+    parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.items() if size)
+    total = sum(plan.values())
+    print(f"memory  about {size_text(total)} at the peak: {parts}")
+    if device.type == "cuda" and total > (free := torch.cuda.mem_get_info(device)[0]):
+        print(f"        only {size_text(free)} are free: lower --micro_batch_tokens, --slots or --max_new_tokens, or use "
+              f"--lora_rank or --gradient_checkpointing")
+
+
+def size_text(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

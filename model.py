@@ -1,0 +1,483 @@
+"""Model: a decoder that reads and writes Hugging Face checkpoints. Families llama, mistral, qwen2, qwen3.
+
+Place in the loop: the student writes with it (rollout.py), the teacher scores with it (teacher.py), train.py
+moves its weights.
+
+    x = embed(tokens)
+    per layer:  x = x + o_proj( softmax( rope(q) . rope(k) / sqrt(H) ) v )        q, k, v = projections of norm(x)
+                x = x + down( silu(gate(norm(x))) * up(norm(x)) )
+    hidden = norm(x);   logits = hidden . lm_head (or embed, when tied)
+
+Axes: B sequences, T positions, D width, V vocabulary rows, H head width, R key/value heads.
+
+Modules hold parameters and nothing else: the KV cache is an object that the caller owns. Parameter names equal the
+checkpoint's, so loading is a strict copy. Weights may be stored in float32 while products run in `compute_dtype`:
+each projection casts its weight to the dtype of its input, so gradients arrive and add up in the stored dtype.
+
+Not here: text, sampling, losses; sliding windows (`context` ends at the window instead), quantised checkpoints,
+rope types other than default, linear and llama3.
+"""
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tokenizer import UserError, read_json
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DISK_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json says, under config.json's own names; `raw` keeps the file for saving."""
+    model_type: str
+    vocab_size: int                 # rows of the embedding, padding rows included
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: dict                      # rope_theta, rope_type, and the type's own numbers
+    context: int                    # longest sequence: max_position_embeddings, or the sliding window if shorter
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    raw: dict
+
+    @staticmethod
+    def from_dict(raw: dict, where: str = "config.json") -> "ModelConfig":
+        """Reads both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(f"{where}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [key for key in needed if not isinstance(raw.get(key), int)]:
+            raise UserError(f"{where}: no whole number for {', '.join(missing)}; is this a complete checkpoint?")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+        if raw.get("quantization_config"):
+            raise UserError(f"{where}: quantised checkpoints are not supported; use the bf16 or fp32 one")
+        heads = raw["num_attention_heads"]
+        default_head_dim = 128 if family == "qwen3" else raw["hidden_size"] // heads
+        bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
+        context = raw.get("max_position_embeddings") or 2048
+        windowed = family == "mistral" or raw.get("use_sliding_window", False)
+        window = raw.get("sliding_window", 4096) if windowed else None
+        return ModelConfig(
+            model_type=family, **{key: raw[key] for key in needed},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or default_head_dim,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6), rope=rope_settings(raw, where),
+            context=min(context, window) if window else context,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=bias or family == "qwen2", o_bias=bias,
+            mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama", raw=raw)
+
+
+def rope_settings(raw: dict, where: str) -> dict:
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    needs = {"default": (), "linear": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if rope["rope_type"] not in needs:
+        raise UserError(f"{where}: rope type {rope['rope_type']!r} is not supported; known are {', '.join(needs)}")
+    if missing := [key for key in needs[rope["rope_type"]] if key not in rope]:
+        raise UserError(f"{where}: rope type {rope['rope_type']!r} needs {', '.join(missing)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported")
+    return rope
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Angle per position of each pair of channels, float32 (H/2,). llama3 keeps the fast ones, slows the slow ones
+    by `factor` and blends between (Llama 3.1)."""
+    rope, dim = config.rope, config.head_dim
+    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
+    if rope["rope_type"] == "linear":
+        return freq / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)    # rotations inside the old context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * freq + (1 - keep) * freq / rope["factor"]
+    return freq
+
+
+class KVCache:
+    """Keys and values of `slots` sequences, each at its own length. The caller owns it and sets `length_B`.
+
+    keys, values: per layer (slots, R, capacity, H). A forward pass with T tokens writes them at positions
+    length_B ... length_B + T - 1 of the first B slots; the caller then advances length_B. Positions past a sequence's
+    length hold leftovers: they are masked while decoding and overwritten before they are reached.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype, device):
+        shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.length_B = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.longest = 0                # host copy of length_B.max(): what a forward pass has to read
+
+    def append(self, layer: int, key_BRTH: Tensor, value_BRTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Write in place; return the first B slots up to the longest live position."""
+        B, _, T, _ = key_BRTH.shape
+        keys, values = self.keys[layer][:B], self.values[layer][:B]
+        if self.longest == 0:           # prefill of empty slots: nothing older to read
+            keys[:, :, :T], values[:, :, :T] = key_BRTH, value_BRTH
+            return key_BRTH, value_BRTH
+        rows_B1 = torch.arange(B, device=key_BRTH.device)[:, None]
+        at_BT = self.length_B[:B, None] + torch.arange(T, device=key_BRTH.device)
+        keys[rows_B1, :, at_BT] = key_BRTH.transpose(1, 2)
+        values[rows_B1, :, at_BT] = value_BRTH.transpose(1, 2)
+        return keys[:, :, :self.longest + T], values[:, :, :self.longest + T]
+
+    def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor) -> None:
+        """Slots `to` become copies of `source`'s slots `rows` (both int64): one prefilled prompt serves all its
+        samples."""
+        n = source.longest
+        for mine, theirs in zip(self.keys + self.values, source.keys + source.values):
+            mine[to, :, :n] = theirs[rows, :, :n]
+        self.length_B[to] = source.length_B[rows]
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, product in x's dtype; with LoRA, + scale * (x A^T) B^T (Hu 2021, arXiv:2106.09685)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.lora_A = self.lora_B = None
+        self.lora_scale = 0.0           # alpha / rank; 0 = switched off
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.lora_scale:
+            y = y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.lora_scale
+        return y
+
+    def merged_weight(self) -> Tensor:
+        if not self.lora_scale:
+            return self.weight.detach()
+        return (self.weight.float() + self.lora_scale * (self.lora_B.float() @ self.lora_A.float())).detach()
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. The mean square is taken in float32 and the result cast back before the weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float() if x.dtype != torch.float64 else x
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+def rotate(x_BRTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
+    """Rope in the checkpoints' layout: channel i turns with channel i + H/2 (not with its neighbour)."""
+    first, second = x_BRTH.chunk(2, -1)
+    return x_BRTH * cos_BTH[:, None] + torch.cat((-second, first), -1) * sin_BTH[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_width, c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_width, c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_width, c.qkv_bias)
+        self.o_proj = Linear(q_width, c.hidden_size, c.o_bias)
+        if c.model_type == "qwen3":
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) for _ in "qk")
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None):
+        B, T, _ = x_BTD.shape
+        q, k, v = (proj(x_BTD).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c, layer), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope, cache, mask) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """The part that checkpoints call `model.`"""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.hidden_size), freeze=False)
+        self.layers = nn.ModuleList(Layer(c, layer) for layer in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """Tokens in, final hidden states out; `head` turns rows of those into logits, a few at a time.
+
+    compute_dtype is the dtype of every product, whatever dtype the parameters are stored in.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.model = Body(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.rope_frequencies = rope_frequencies(config)
+        self.gradient_checkpointing = False
+        self.disk_dtype = torch.float32     # what save() writes: the dtype the checkpoint came in
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    def head_weight(self) -> nn.Parameter:
+        """(V, D), float as stored: lm_head, or the embedding when tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """hidden_BTD after the last norm, compute_dtype. Causal; right padding needs no mask because nothing real
+        looks at it. With a cache, row b's tokens continue slot b at its own length."""
+        B, T = tokens_BT.shape
+        device = tokens_BT.device
+        start_B1 = torch.zeros(B, 1, dtype=torch.int64, device=device) if cache is None else cache.length_B[:B, None]
+        at_BT = start_B1 + torch.arange(T, device=device)
+        mask = None
+        if cache is not None and cache.longest > 0:
+            mask = torch.arange(cache.longest + T, device=device) <= at_BT[:, None, :, None]
+        x = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        angle_BTH = (at_BT[..., None] * self.rope_frequencies.to(device)).repeat(1, 1, 2)
+        rope = angle_BTH.cos().to(x.dtype), angle_BTH.sin().to(x.dtype)
+        for layer in self.model.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, cache, mask, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache, mask)
+        return self.model.norm(x)
+
+    def response_hidden(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """hidden_ND: for each token under the mask, in row-major order, the state that predicts it. The one place
+        where positions shift by one: the state at t - 1 predicts the token at t."""
+        assert not mask_BT[:, 0].any(), "the first token of a sequence has nothing that predicts it"
+        return self(tokens_BT)[:, :-1][mask_BT[:, 1:]]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits over every row of the head, padding rows included."""
+        return F.linear(hidden, self.head_weight().to(hidden.dtype)).float()
+
+    def copy_as(self, dtype: torch.dtype) -> "Transformer":
+        """A copy for reading only: LoRA merged, stored and multiplied in `dtype`."""
+        with torch.device("meta"):
+            copy = Transformer(self.config, dtype).to(dtype)
+        copy.to_empty(device=self.device).requires_grad_(False)
+        copy.refresh(self)
+        return copy
+
+    @torch.no_grad()
+    def refresh(self, source: "Transformer") -> None:
+        """Take over the source's present weights, cast once."""
+        weights = source.weights()
+        for name, parameter in self.named_parameters():
+            parameter.copy_(weights[name])
+
+    # LoRA
+
+    def add_lora(self, rank: int, alpha: float, seed: int = 0) -> None:
+        """Freeze everything and give all seven projections of every layer an adapter; B = 0, so nothing changes yet.
+        The A matrices are drawn on the CPU, so that a seed gives the same adapter on every device."""
+        rng = torch.Generator().manual_seed(seed)
+        self.requires_grad_(False)
+        for linear in self.projections():
+            bound = 1 / math.sqrt(linear.weight.shape[1])
+            a = torch.empty(rank, linear.weight.shape[1]).uniform_(-bound, bound, generator=rng)
+            linear.lora_A = nn.Parameter(a.to(self.device))
+            linear.lora_B = nn.Parameter(torch.zeros(linear.weight.shape[0], rank, device=self.device))
+            linear.lora_scale = alpha / rank
+
+    @contextlib.contextmanager
+    def lora_off(self):
+        """Inside, the model is the one that was loaded: the initial policy, without a second copy."""
+        scales = [linear.lora_scale for linear in self.projections()]
+        try:
+            for linear in self.projections():
+                linear.lora_scale = 0.0
+            yield
+        finally:
+            for linear, scale in zip(self.projections(), scales):
+                linear.lora_scale = scale
+
+    def projections(self) -> list[Linear]:
+        return [module for name, module in self.named_modules() if name.rsplit(".", 1)[-1] in PROJECTIONS]
+
+    # weights in and out
+
+    def init_weights(self, seed: int) -> "Transformer":
+        """Fresh weights: normal(0, 0.02), norms 1, biases 0; residual outputs smaller by sqrt(2 layers)."""
+        rng = torch.Generator().manual_seed(seed)
+        small = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                if parameter.dim() == 1:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                else:
+                    parameter.normal_(0.0, small if "o_proj" in name or "down_proj" in name else 0.02, generator=rng)
+        return self
+
+    def weights(self) -> dict[str, Tensor]:
+        """Checkpoint name -> tensor as stored, LoRA merged in, detached."""
+        merged = {f"{name}.weight": module.merged_weight()
+                  for name, module in self.named_modules() if isinstance(module, Linear)}
+        plain = {name: p.detach() for name, p in self.named_parameters() if "lora_" not in name}
+        return {name: merged.get(name, tensor) for name, tensor in plain.items()}
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors (LoRA merged) in `dtype`, by default the dtype the checkpoint came
+        in. The tokenizer's files are Tokenizer.save's business."""
+        dtype = dtype or self.disk_dtype
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        raw = {key: value for key, value in self.config.raw.items() if key not in ("torch_dtype", "dtype")}
+        raw["dtype" if "rope_parameters" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.weights().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def checkpoint_folder(name: str) -> Path:
+    """A folder as it is; anything that looks like `owner/name` is downloaded from the hub (safetensors and json
+    files and the chat template only: nothing that could be executed)."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{name} is a file; a model is given as its folder or as a hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"no such folder: {name}; give a folder with config.json and *.safetensors, or a hub id owner/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    except Exception as error:      # the hub client raises a dozen kinds; its first line says which
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} is no folder here and could not be downloaded from the hub: {reason}") from error
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    path = Path(folder) / "config.json"
+    return ModelConfig.from_dict(read_json(path), str(path))
+
+
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None,
+               device: torch.device | str = "cpu") -> Transformer:
+    """The checkpoint in `folder`, stored as `dtype` on `device`, multiplying in compute_dtype (default: dtype).
+
+    Every tensor of the files fills exactly one parameter; a missing, extra, repeated or wrongly shaped one is a
+    UserError that names it. Peak memory: the model and one tensor.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    with torch.device("meta"):          # no memory until the dtype is known
+        model = Transformer(config, compute_dtype or dtype).to(dtype)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    unfilled, dtypes, tied_copy = set(parameters), [], None
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    if name.endswith("rotary_emb.inv_freq"):    # old Llama files; the table follows from the config
+                        continue
+                    if name == "lm_head.weight" and config.tie_word_embeddings:
+                        tied_copy = tensors.get_tensor(name)
+                        continue
+                    dtypes.append(fill(parameters, unfilled, name, tensors, file))
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged or cut short ({error}); copy or download it again") from error
+    if unfilled:
+        names = sorted(unfilled)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"{folder}: tensor {names[0]}{more} is missing from the safetensors files")
+    if tied_copy is not None and not torch.equal(tied_copy.to(dtype), model.head_weight().detach().cpu()):
+        raise UserError(f"{folder}: lm_head.weight differs from the embedding although config.json ties them")
+    model.disk_dtype = max(set(dtypes), key=dtypes.count)
+    return model.eval()
+
+
+def fill(parameters: dict, unfilled: set, name: str, tensors, file: Path) -> torch.dtype:
+    """Copy one tensor into the parameter of its name, or say why it does not fit. Returns its dtype on disk."""
+    info = tensors.get_slice(name)
+    if info.get_dtype() not in DISK_DTYPES:
+        raise UserError(f"{file}: tensor {name} has dtype {info.get_dtype()}; supported are bf16, fp16 and fp32")
+    if name not in parameters:
+        raise UserError(f"{file}: tensor {name} has no place in this architecture; is config.json the right one?")
+    wanted = list(parameters[name].shape)
+    if info.get_shape() != wanted:
+        raise UserError(f"{file}: tensor {name} has shape {info.get_shape()}, config.json asks for {wanted}")
+    if name not in unfilled:
+        raise UserError(f"{file}: tensor {name} appears in more than one file")
+    unfilled.remove(name)
+    with torch.no_grad():
+        parameters[name].copy_(tensors.get_tensor(name))
+    return DISK_DTYPES[info.get_dtype()]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map; download it again")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        # judged by name, not by resolved path: the hub's cache keeps links to blobs outside the snapshot
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {name!r}, which is not a safetensors file inside the folder; refused")
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name} is missing although {index.name} names it")
+    return [folder / name for name in names]

@@ -1,0 +1,261 @@
+"""Rollout: the student writes the responses it will be trained on. The one sampler, for training and evaluation.
+
+Place in the loop:  prompts -> [ROLLOUT] -> teacher -> loss -> optimizer.
+
+    sequence b of tokens_BT:   [ prompt_b | response_b | padding ]
+    mask_BT:                     0 0 0 0 0  1 1 1 1 1 1  0 0 0 0     the stop token is inside
+
+Sequences are decoded in a fixed set of slots, each at its own position. When one ends, the next request takes its
+slot; when none is left, the last live slot moves into the gap and the batch shrinks. So a finished sequence costs
+nothing while longer ones go on. A prompt is prefilled once for all samples admitted together.
+
+Every sequence draws from its own random stream, keyed by (seed, its number), so its text does not depend on the
+slot it got, on the number of slots or on its neighbours.
+
+Not here: top-k and top-p. The loss scores the distribution that was sampled; truncating it would make training
+off-policy without saying so.
+"""
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from model import KVCache, Transformer
+from tokenizer import UserError
+
+PREFILL_TOKENS = 16_384     # prompt tokens per prefill pass: bounds its activations, whatever the number of slots
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the student did. mask_BT is the only record of who wrote a token; it is never rebuilt from ids."""
+    tokens_BT: Tensor       # int64: prompt, response, then padding of no meaning
+    mask_BT: Tensor         # bool: the response, its stop token included
+    logp_BT: Tensor         # float32: log-prob of the token at the sampling temperature; 0 outside the mask
+    entropy_BT: Tensor      # float32, nats: entropy of the distribution it was drawn from; 0 outside the mask
+    prompt_len_B: Tensor    # int64
+    finished_B: Tensor      # bool: ended by a stop token; False = cut at its limit
+
+    @property
+    def length_B(self) -> Tensor:
+        """Response lengths in tokens, int64."""
+        return self.mask_BT.sum(1)
+
+    def response(self, b: int) -> list[int]:
+        return self.tokens_BT[b][self.mask_BT[b]].tolist()
+
+    def rows(self, per_token_BT: Tensor) -> Tensor:
+        """(B, T) -> (N,): the response tokens in row-major order, the order of every _N tensor."""
+        return per_token_BT[self.mask_BT]
+
+    def micro_batches(self, max_tokens: int):
+        """Yield (tokens_bt, mask_bt, row_n) of groups of sequences of similar length, each of at most max_tokens tokens
+        padding included (or one sequence). row_n says where the group's rows, in row-major order, stand among all N."""
+        total_B = self.prompt_len_B + self.length_B
+        row_BT = self.mask_BT.flatten().cumsum(0).view_as(self.mask_BT) - 1
+        order, lengths = total_B.argsort(stable=True), total_B.tolist()
+        group: list[int] = []
+        for b in [*order.tolist(), None]:
+            if group and (b is None or lengths[b] * (len(group) + 1) > max_tokens):
+                at, longest = torch.tensor(group, device=order.device), max(lengths[i] for i in group)
+                tokens_bt, mask_bt = self.tokens_BT[at, :longest], self.mask_BT[at, :longest]
+                yield tokens_bt, mask_bt, row_BT[at, :longest][mask_bt]
+                group = []
+            group.append(b)
+
+
+def assemble(prompts: list[list[int]], responses: list[Tensor], logps: list[Tensor], entropies: list[Tensor],
+             finished: list[bool], device) -> Rollout:
+    """Prompts and responses (one per sequence) side by side, right-padded."""
+    def pad(parts: list[Tensor], outside) -> Tensor:
+        rows = [torch.cat([torch.full((len(prompt),), outside, dtype=part.dtype), part])
+                for prompt, part in zip(prompts, parts)]
+        return pad_sequence(rows, batch_first=True, padding_value=outside).to(device)
+    tokens = [torch.cat([torch.tensor(prompt, dtype=torch.int64), response.to(torch.int64)])
+              for prompt, response in zip(prompts, responses)]
+    return Rollout(
+        tokens_BT=pad_sequence(tokens, batch_first=True).to(device),
+        mask_BT=pad([torch.ones(len(response), dtype=torch.bool) for response in responses], False),
+        logp_BT=pad(logps, 0.0), entropy_BT=pad(entropies, 0.0),
+        prompt_len_B=torch.tensor([len(prompt) for prompt in prompts], device=device),
+        finished_B=torch.tensor(finished, device=device))
+
+
+def from_responses(prompts: list[list[int]], responses: list[list[int]], finished: list[bool], device) -> Rollout:
+    """Given responses (stop token included) in the shape of a rollout. Nobody sampled them, so logp and entropy are
+    0 and mean nothing: only losses that never look at the behaviour policy may use such rows."""
+    texts = [torch.tensor(response, dtype=torch.int64) for response in responses]
+    zeros = [torch.zeros(len(text)) for text in texts]
+    return assemble(prompts, texts, zeros, zeros, finished, device)
+
+
+def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row: (token_B int64, its logp_B, entropy_B), the latter two float32 at `temperature`.
+
+    Exact inverse CDF of one uniform number in [0, 1) per row, in two levels: sums over blocks of about sqrt(V)
+    entries, then inside the one block that is hit. At 152k words this is several times cheaper than a multinomial
+    draw. temperature 0 = argmax, logp and entropy then at temperature 1.
+    """
+    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
+    p_BV = logp_BV.exp()
+    entropy_B = -(p_BV * logp_BV).sum(-1)
+    if temperature == 0:
+        token_B = logits_BV.argmax(-1)
+    else:
+        B, V = p_BV.shape
+        width = max(1, int(V ** 0.5))
+        blocks_BKW = torch.nn.functional.pad(p_BV, (0, -V % width)).view(B, -1, width)
+        block_cdf_BK = blocks_BKW.sum(-1).cumsum(-1)
+        target_B1 = uniform_B[:, None] * block_cdf_BK[:, -1:]
+        block_B1 = first_above(block_cdf_BK, target_B1)
+        before_B1 = torch.where(block_B1 > 0, block_cdf_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+        cdf_BW = blocks_BKW.gather(1, block_B1[..., None].expand(-1, 1, width)).squeeze(1).cumsum(-1)
+        token_B = (block_B1 * width + first_above(cdf_BW, (target_B1 - before_B1).clamp(min=0))).squeeze(1)
+    return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1), entropy_B
+
+
+def first_above(cdf_BK: Tensor, target_B1: Tensor) -> Tensor:
+    """Index of the first entry of each increasing row that exceeds the target. A target that rounding pushed up to
+    the row's total is taken just below it, so the entry hit always has a mass above zero."""
+    below_B1 = torch.nextafter(cdf_BK[:, -1:], torch.zeros_like(target_B1))
+    return torch.searchsorted(cdf_BK, torch.minimum(target_B1, below_B1), right=True)
+
+
+class Slots:
+    """The live sequences of one generate() call. Slots 0 ... live-1 are busy; request_S says with what."""
+
+    def __init__(self, model: Transformer, n_slots: int, capacity: int, limit: int):
+        self.model, self.device = model, model.device
+        self.cache = KVCache(model.config, n_slots, capacity, model.compute_dtype, self.device)
+        self.token_ST = torch.zeros(n_slots, limit, dtype=torch.int64, device=self.device)
+        self.logp_ST, self.entropy_ST, self.uniform_ST = (
+            torch.zeros(n_slots, limit, device=self.device) for _ in range(3))
+        self.count_S = torch.zeros(n_slots, dtype=torch.int64, device=self.device)     # tokens written so far
+        self.limit_S = torch.zeros(n_slots, dtype=torch.int64, device=self.device)
+        self.request: list[int] = []            # host: request number of each live slot
+        self.length: list[int] = []             # host mirror of cache.length_B[:live]
+
+    @property
+    def live(self) -> int:
+        return len(self.request)
+
+    def admit(self, requests: list[int], prompt_of: list[list[int]], limit_of: list[int], seed: int) -> Tensor:
+        """Prefill the prompts of `requests` into the next free slots; return the hidden state (n, D) that predicts
+        the first token of each. Requests with the same prompt object share one prefill row."""
+        first = self.live
+        unique = {id(prompt_of[r]): prompt_of[r] for r in requests}
+        row_of = {key: row for row, key in enumerate(unique)}
+        prompts = list(unique.values())
+        longest = max(map(len, prompts))
+        hidden_PD = []
+        per_pass = max(1, PREFILL_TOKENS // longest)
+        for start in range(0, len(prompts), per_pass):
+            group = prompts[start:start + per_pass]
+            prefill = KVCache(self.model.config, len(group), max(map(len, group)), self.model.compute_dtype, self.device)
+            tokens_PT = pad_sequence([torch.tensor(p) for p in group], batch_first=True).to(self.device)
+            length_P = torch.tensor([len(p) for p in group], device=self.device)
+            hidden_PTD = self.model(tokens_PT, prefill)
+            prefill.length_B, prefill.longest = length_P, max(map(len, group))
+            hidden_PD.append(hidden_PTD[torch.arange(len(group), device=self.device), length_P - 1])
+            here = [(slot, row_of[id(prompt_of[r])] - start) for slot, r in enumerate(requests, first)]
+            here = torch.tensor([pair for pair in here if 0 <= pair[1] < len(group)], device=self.device)
+            self.cache.copy_rows(here[:, 0], prefill, here[:, 1])
+        for slot, r in enumerate(requests, first):
+            # as uint64: a plain list of a huge and a small number becomes float64, and negative seeds one stream
+            stream = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, r], dtype=np.uint64)))
+            self.uniform_ST[slot, :limit_of[r]] = torch.from_numpy(stream.random(limit_of[r], dtype=np.float32))
+        self.request += requests
+        self.length += [len(prompt_of[r]) for r in requests]
+        self.count_S[first:self.live] = 0
+        self.limit_S[first:self.live] = torch.tensor([limit_of[r] for r in requests], device=self.device)
+        return torch.cat(hidden_PD)[torch.tensor([row_of[id(prompt_of[r])] for r in requests], device=self.device)]
+
+    def write(self, first: int, hidden_BD: Tensor, temperature: float, vocab_size: int) -> None:
+        """Sample the next token of slots first ... live-1 from their hidden states and store it."""
+        rows_B = torch.arange(first, self.live, device=self.device)
+        at = rows_B, self.count_S[rows_B]
+        logits_BV = self.model.logits(hidden_BD)[:, :vocab_size]
+        self.token_ST[at], self.logp_ST[at], self.entropy_ST[at] = sample(logits_BV, temperature, self.uniform_ST[at])
+        self.count_S[rows_B] += 1
+
+    def decode(self) -> Tensor:
+        """Feed every live slot the token it wrote last; return hidden_BD."""
+        live = self.live
+        last_B1 = self.token_ST[torch.arange(live, device=self.device), self.count_S[:live] - 1][:, None]
+        self.cache.longest = max(self.length)
+        hidden_BD = self.model(last_B1, self.cache)[:, 0]
+        self.cache.length_B[:live] += 1
+        self.length = [n + 1 for n in self.length]
+        return hidden_BD
+
+    def retire(self, stop_ids: Tensor):
+        """Yield (request, tokens, logps, entropies, finished) of every slot that stopped or is full, and free it."""
+        live = self.live
+        last_B = self.token_ST[torch.arange(live, device=self.device), self.count_S[:live] - 1]
+        stopped_B = torch.isin(last_B, stop_ids)
+        stopped, done = torch.stack([stopped_B, stopped_B | (self.count_S[:live] >= self.limit_S[:live])]).tolist()
+        for slot in reversed(range(live)):      # from the end, so that the slot moved into a gap is already judged
+            if done[slot]:
+                n = int(self.count_S[slot])
+                yield (self.request[slot], *(buffer[slot, :n].clone().cpu() for buffer in
+                                             (self.token_ST, self.logp_ST, self.entropy_ST)), stopped[slot])
+                self.free(slot)
+
+    def free(self, slot: int) -> None:
+        last = self.live - 1
+        if slot != last:
+            n = self.length[last]
+            for cached in self.cache.keys + self.cache.values:
+                cached[slot, :, :n] = cached[last, :, :n]
+            for state in (self.cache.length_B, self.token_ST, self.logp_ST, self.entropy_ST, self.uniform_ST,
+                          self.count_S, self.limit_S):
+                state[slot] = state[last]
+            self.request[slot], self.length[slot] = self.request[last], self.length[last]
+        self.request.pop()
+        self.length.pop()
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int | list[int],
+             stop_ids: tuple[int, ...], temperature: float = 1.0, seed: int = 0, slots: int = 64,
+             vocab_size: int | None = None, progress: str | None = None) -> Rollout:
+    """`samples` responses to each prompt; sequences i * samples ... belong to prompts[i].
+
+    max_new_tokens   one limit, or one per prompt. A response ends with a stop token (kept) or at its limit.
+    vocab_size       real tokens: head rows past it are padding and are never sampled or counted in the softmax.
+    progress         label of a progress bar; None = silent.
+    Ensures  logp_BT[mask_BT] == log-softmax of a plain forward pass over the same sequences (float32: 1e-5).
+    Errors   UserError for an empty prompt, and for prompt + limit beyond the model's context.
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    for prompt, limit in zip(prompts, limits, strict=True):
+        if not prompt or limit < 1:
+            raise UserError("a prompt needs at least one token (the bos token, say) and room for one new token")
+        if len(prompt) + limit > model.config.context:
+            raise UserError(f"a prompt of {len(prompt)} tokens plus {limit} new ones exceed the model's context of "
+                            f"{model.config.context}; shorten it or lower max_new_tokens")
+    prompt_of = [prompt for prompt in prompts for _ in range(samples)]
+    limit_of = [limit for limit in limits for _ in range(samples)]
+    vocab_size = vocab_size or model.config.vocab_size
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
+    n_slots = min(slots, len(prompt_of))
+    pool = Slots(model, n_slots, max(len(p) + n for p, n in zip(prompts, limits)), max(limits))
+    queue, done = deque(range(len(prompt_of))), {}
+    with tqdm(total=len(prompt_of), desc=progress, unit="seq", leave=False, disable=None if progress else True) as bar:
+        while pool.live or queue:
+            if pool.live:
+                pool.write(0, pool.decode(), temperature, vocab_size)
+            # refilling one slot at a time would prefill one prompt at a time: wait for an eighth of them
+            if queue and (n_slots - pool.live >= max(1, n_slots // 8) or not pool.live):
+                new = [queue.popleft() for _ in range(min(n_slots - pool.live, len(queue)))]
+                first = pool.live
+                pool.write(first, pool.admit(new, prompt_of, limit_of, seed), temperature, vocab_size)
+            for request, *result in pool.retire(stop):
+                done[request] = result
+                bar.update()
+    columns = zip(*(done[request] for request in range(len(prompt_of))))
+    return assemble(prompt_of, *map(list, columns), model.device)
