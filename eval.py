@@ -186,7 +186,7 @@ def _number(text: str, percent: bool) -> Decimal | Fraction | None:
             return None
         sign, whole, over, under = ratio.groups()
         value = Fraction(over) / Fraction(under)
-    except (InvalidOperation, ZeroDivisionError):       # an exponent beyond 10**18, 1e3%, 1/0: compared as text
+    except (InvalidOperation, ZeroDivisionError):       # an exponent beyond 10**18, 1e3%, 1/0: stays text
         return None
     if whole and not ((over + under).isdigit() and value < 1):      # 2\frac{3}{2} may as well be a product
         return None

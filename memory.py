@@ -52,11 +52,18 @@ def memory_plan(cfg, student: ModelConfig, teacher: ModelConfig | None, prompt: 
     return plan
 
 
+def peak(plan: dict[str, int]) -> int:
+    """What is there all the time, plus the larger of the two phases: the cache is freed before the update begins."""
+    rollout, update = ("KV cache",), ("activations of a micro-batch", "logits of a chunk")
+    return (sum(size for name, size in plan.items() if name not in rollout + update)
+            + max(sum(plan[name] for name in phase) for phase in (rollout, update)))
+
+
 def print_plan(cfg, folder: Path, teacher_folder: Path | None, prompt: int, vocab_size: int, device, dtype) -> None:
     plan = memory_plan(cfg, load_config(folder), load_config(teacher_folder) if teacher_folder else None, prompt,
                        vocab_size, auto_chunk(cfg, vocab_size, device), dtype)
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.items() if size)
-    total = sum(plan.values())
+    total = peak(plan)
     print(f"memory  about {size_text(total)} at the peak: {parts}")
     if device.type == "cuda" and total > (free := torch.cuda.mem_get_info(device)[0]):
         print(f"        only {size_text(free)} are free: lower --micro_batch_tokens, --slots or --max_new_tokens, or use "

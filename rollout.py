@@ -52,12 +52,22 @@ class Rollout:
         """(B, T) -> (N,): the response tokens in row-major order, the order of every _N tensor."""
         return per_token_BT[self.mask_BT]
 
-    def micro_batches(self, max_tokens: int):
+    def with_prompts(self, prompts: list[list[int]]) -> "Rollout":
+        """The same responses after other prompts, one per sequence: what a teacher with another context reads. Rows keep
+        their number and order."""
+        mask_BT, parts = self.mask_BT.cpu(), (self.tokens_BT.cpu(), self.logp_BT.cpu(), self.entropy_BT.cpu())
+        responses, logps, entropies = ([row[mask] for row, mask in zip(part, mask_BT)] for part in parts)
+        return assemble(prompts, responses, logps, entropies, self.finished_B.tolist(), self.tokens_BT.device)
+
+    def micro_batches(self, max_tokens: int, sequence_b: Tensor | None = None):
         """Yield (tokens_bt, mask_bt, row_n) of groups of sequences of similar length, each of at most max_tokens tokens
-        padding included (or one sequence). row_n says where the group's rows, in row-major order, stand among all N."""
+        padding included (or one sequence): of all sequences, or of those in sequence_b. row_n says where the group's rows,
+        in row-major order, stand among all N."""
         total_B = self.prompt_len_B + self.length_B
         row_BT = self.mask_BT.flatten().cumsum(0).view_as(self.mask_BT) - 1
         order, lengths = total_B.argsort(stable=True), total_B.tolist()
+        if sequence_b is not None:
+            order = order[torch.isin(order, sequence_b)]
         group: list[int] = []
         for b in [*order.tolist(), None]:
             if group and (b is None or lengths[b] * (len(group) + 1) > max_tokens):
