@@ -1,17 +1,14 @@
-"""Losses: at each token the student chose, how far is it from the teacher, and how much does that token count?
+"""Losses: at each token of the step, how far is the student from the teacher?
 
-Place in the loop:  rollout -> teacher -> [LOSSES] -> optimizer.  Imports torch only.
+Place in the loop:  rollout -> teacher -> credit -> [LOSSES] -> optimizer.  Imports torch only.
 
 This file sees ROWS. One row = one response token; prompts, padding and the shift by one are gone before a row exists,
-so nothing here takes a mask. Three tables of pure functions; a published method is a choice from each:
+so nothing here takes a mask. DIVERGENCES is a table of pure functions (Rows, LossArgs) -> loss_N, one number per row,
+not reduced. How much a row counts, and the advantage of a policy gradient, come from credit.py.
 
-    DIVERGENCES  (Rows, LossArgs)    -> loss_N         differentiated, one micro-batch chunk at a time
-    ADVANTAGES   (Signals, LossArgs) -> advantage_N    no gradient, from the whole step's rollout
-    WEIGHTS      (Signals, LossArgs) -> weight_N       no gradient, from the whole step's rollout; 0 = dropped
-
-Axes: N rows, V real vocabulary, K support, D student width, E teacher width, B sequences of the step.
+Axes: N rows, V real vocabulary, K support, D student width, E teacher width.
 p student, q teacher, b behaviour (the student when it sampled), a the sampled token. Natural logs; float32, or float64
-when given. reverse_kl = KL(p||q), forward_kl = KL(q||p). A loss is one number per row, not reduced.
+when given. reverse_kl = KL(p||q), forward_kl = KL(q||p).
 
 What differentiating each sampled estimate of KL(p||q) really does, in expectation over a ~ p (tests/test_losses.py):
     k1 = log p(a) - log q(a)       right value, gradient exactly zero             not offered
@@ -19,7 +16,7 @@ What differentiating each sampled estimate of KL(p||q) really does, in expectati
     k3 = q/p - 1 - log q/p         right value, gradient of KL(q||p)              not offered
     policy_gradient with A = log q(a) - log b(a), held fixed: gradient of KL(p||q) when b = p
 
-Add a loss: write the function, give it a line in its table, test its value, gradient and limits.
+Add a loss: write the function, give it a line in the table, test its value, gradient and limits.
 """
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -42,7 +39,11 @@ class LossArgs:
     topk_form: str = opt("truncated", "top-k losses: what happens to the mass outside the support",
                          ("renormalised", "truncated", "tail"))
     clip: float = opt(0.2, "policy_gradient: the ratio p(a)/b(a) is kept in [1 - clip, 1 + clip]")
-    grpo_std: bool = opt(True, "grpo: divide by the group's standard deviation (off: Dr. GRPO)")
+    entry_clip: float = opt(0.0, "full-vocabulary divergences: cap on each vocabulary entry's term (OPSD: 0.05); 0 = off")
+    token_clip: float = opt(0.0, "full-vocabulary divergences: tokens above this are scaled down to it; 0 = off")
+    eopd_alpha: float = opt(1.0, "eopd: weight of the forward KL where the teacher is unsure")
+    eopd_entropy: float = opt(0.8, "eopd: teacher entropy in nats above which the forward KL is added")
+    eopd_renormalise: bool = opt(False, "eopd: divide the teacher's top-k by its mass (readings of the paper differ)")
 
 
 class Rows(NamedTuple):
@@ -60,19 +61,20 @@ class Rows(NamedTuple):
         return self.teacher_NV.gather(1, self.token_N[:, None]).squeeze(1)
 
 
-class Signals(NamedTuple):
-    """What is known of a whole step before the update. Sequence-level things (filters, group statistics) are only
-    right when they see all of it, never one micro-batch."""
-    student_N: Tensor                       # log b(a)
-    student_entropy_N: Tensor               # nats
-    sequence_N: Tensor                      # int64: which sequence a row belongs to
-    position_N: Tensor                      # int64: 0 for the first response token
-    length_B: Tensor                        # int64: response tokens
-    group_B: Tensor                         # int64: which problem a sequence answers
-    finished_B: Tensor                      # bool
-    teacher_N: Tensor | None = None         # log q(a)
-    teacher_entropy_N: Tensor | None = None
-    reward_B: Tensor | None = None          # float: 1 right, 0 wrong
+def vocab_sum(term_NV: Tensor, args: LossArgs) -> Tensor:
+    """Sum over the vocabulary, with one of two brakes on tokens where teacher and student are far apart.
+
+    entry_clip t   min(term, t) before the sum.  OPSD, Zhao 2026, arXiv:2601.18734 v3, section 3.2. A clipped term loses its
+                   gradient but keeps its share of the normaliser: for the forward KL the gradient is Q p - q on the unclipped
+                   tokens U and +Q p on clipped ones, Q = q(U). What the teacher wants to raise most is pushed DOWN, the
+                   minimum is below 0 and lies away from q. It acts as a gate: small disagreements are distilled, large ones
+                   refused.
+    token_clip t   the sum times min(1, t / sum), the factor held fixed: same direction, bounded size. Our alternative.
+    """
+    if args.entry_clip:
+        term_NV = term_NV.clamp(max=args.entry_clip)
+    sum_N = term_NV.sum(-1)
+    return sum_N * (args.token_clip / sum_N.detach().clamp(min=args.token_clip)) if args.token_clip else sum_N
 
 
 # Divergences over the whole vocabulary. Zero iff p == q; the teacher gets no gradient because its rows carry none.
@@ -82,12 +84,12 @@ def reverse_kl(r: Rows, args: LossArgs) -> Tensor:
 
     Gradient also flows through the leading p: the true derivative p (log p/q - KL) on the logits, no estimator.
     """
-    return (r.student_NV.exp() * (r.student_NV - r.teacher_NV)).sum(-1)
+    return vocab_sum(r.student_NV.exp() * (r.student_NV - r.teacher_NV), args)
 
 
 def forward_kl(r: Rows, args: LossArgs) -> Tensor:
     """sum_v q (log q - log p) = KL(q||p), exact, mass-covering; gradient p - q on the logits.  Hinton 2015."""
-    return (r.teacher_NV.exp() * (r.teacher_NV - r.student_NV)).sum(-1)
+    return vocab_sum(r.teacher_NV.exp() * (r.teacher_NV - r.student_NV), args)
 
 
 def jsd(r: Rows, args: LossArgs) -> Tensor:
@@ -100,9 +102,8 @@ def jsd(r: Rows, args: LossArgs) -> Tensor:
         raise ValueError(f"jsd needs 0 < beta < 1, not {args.beta}: use forward_kl or reverse_kl for the ends")
     beta = torch.as_tensor(args.beta, dtype=r.student_NV.dtype, device=r.student_NV.device)
     m_NV = torch.logaddexp(r.teacher_NV + beta.log(), r.student_NV + (1 - beta).log())
-    teacher = (r.teacher_NV.exp() * (r.teacher_NV - m_NV)).sum(-1)
-    student = (r.student_NV.exp() * (r.student_NV - m_NV)).sum(-1)
-    return beta * teacher + (1 - beta) * student
+    teacher_NV, student_NV = (x_NV.exp() * (x_NV - m_NV) for x_NV in (r.teacher_NV, r.student_NV))
+    return vocab_sum(beta * teacher_NV + (1 - beta) * student_NV, args)
 
 
 def log_mix(main_NV: Tensor, other_NV: Tensor, share: float) -> Tensor:
@@ -231,51 +232,27 @@ def cross_entropy(r: Rows, args: LossArgs) -> Tensor:
     return -r.student_N()
 
 
+def eopd(r: Rows, args: LossArgs) -> Tensor:
+    """policy_gradient + eopd_alpha [H(q) > eopd_entropy] sum_{top-k of q} q (log q - log p).  EOPD, arXiv:2603.07079: where
+    the teacher itself is unsure, one sampled token says little, so its alternatives are imitated as well. Added, not
+    switched to. Readings differ on dividing q by its top-k mass (eopd_renormalise); p keeps its full normaliser."""
+    top_NK, id_NK = r.teacher_NV.topk(min(args.topk, r.teacher_NV.shape[1]))
+    if args.eopd_renormalise:
+        top_NK = top_NK - top_NK.logsumexp(-1, keepdim=True)
+    forward_N = (top_NK.exp() * (top_NK - r.student_NV.gather(1, id_NK))).sum(-1)
+    unsure_N = -(r.teacher_NV.exp() * r.teacher_NV).sum(-1) > args.eopd_entropy
+    return policy_gradient(r, args) + args.eopd_alpha * torch.where(unsure_N, forward_N, 0.0)
+
+
 DIVERGENCES = {
     "reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd,
     "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
     "topk_reverse_kl": topk_reverse_kl, "topk_forward_kl": topk_forward_kl,
-    "policy_gradient": policy_gradient, "k2": k2, "cross_entropy": cross_entropy,
+    "policy_gradient": policy_gradient, "k2": k2, "eopd": eopd, "cross_entropy": cross_entropy,
 }
-ON_SAMPLES_ONLY = ("policy_gradient", "k2")         # estimates that are wrong on responses the student did not write
-NEEDS_NO_TEACHER = ("cross_entropy",)               # and policy_gradient with an advantage that needs none
-
-
-# Advantages: one number per row, no gradient.
-
-def opd_advantage(s: Signals, args: LossArgs) -> Tensor:
-    """log q(a) - log b(a): minus the sampled reverse KL at this token.  Thinking Machines 2025; MiniLLM's r_t."""
-    return s.teacher_N - s.student_N
-
-
-def grpo_advantage(s: Signals, args: LossArgs) -> Tensor:
-    """(reward - group mean) / group std (n - 1), the same on every token of a response.  Shao 2024, arXiv:2402.03300;
-    without the std: Dr. GRPO, arXiv:2503.20783. A unanimous group gets exactly 0: no epsilon decides it."""
-    n_groups = int(s.group_B.max()) + 1
-    zeros_G = torch.zeros(n_groups, dtype=s.reward_B.dtype, device=s.reward_B.device)
-    size_G = zeros_G.scatter_add(0, s.group_B, torch.ones_like(s.reward_B))
-    mean_G = zeros_G.scatter_add(0, s.group_B, s.reward_B) / size_G
-    centred_B = s.reward_B - mean_G[s.group_B]
-    if args.grpo_std:
-        std_G = (zeros_G.scatter_add(0, s.group_B, centred_B.square()) / (size_G - 1).clamp(min=1)).sqrt()
-        std_B = std_G[s.group_B]
-        centred_B = torch.where(std_B > 0, centred_B / std_B, 0.0)
-    return centred_B[s.sequence_N]
-
-
-ADVANTAGES = {"opd": opd_advantage, "grpo": grpo_advantage}
-NEEDS_REWARD = ("grpo",)
-ADVANTAGE_NEEDS_TEACHER = ("opd",)
-
-
-# Weights: one number >= 0 per row, no gradient.
-
-def uniform_weight(s: Signals, args: LossArgs) -> Tensor:
-    """Every token counts the same."""
-    return torch.ones_like(s.student_N)
-
-
-WEIGHTS = {"none": uniform_weight}
+ON_SAMPLES_ONLY = ("policy_gradient", "k2", "eopd")     # estimates that are wrong on responses the student did not write
+USES_ADVANTAGE = ("policy_gradient", "eopd")
+NEEDS_NO_TEACHER = ("policy_gradient", "cross_entropy")     # though an advantage may
 
 
 # The same numbers for every run, whatever its loss.

@@ -1,13 +1,18 @@
-"""Teacher: who scores the student's tokens, and what they hand over.
+"""Teacher: who scores the student's tokens, what they see, and what they hand over.
 
-Place in the loop:  rollout -> [TEACHER] -> losses -> optimizer.
+Place in the loop:  rollout -> [TEACHER] -> credit, losses -> optimizer.
 
-A teacher never writes here; it reads the student's sequence once and hands over, for every response token, its log-prob
-of that token, its entropy, and its hidden state. Hidden states, not logits: N x width is small, N x vocabulary is not
-(8,192 tokens x 151,936 words are 4.6 GiB in float32, the hidden states of a 4,096 wide teacher 64 MiB). losses.py
-projects them a few rows at a time.
+A teacher never writes here; it reads every sequence once and hands over, for each response token, its log-prob of that
+token, its entropy, and its hidden state. Hidden states, not logits: N x width is small, N x vocabulary is not (8,192
+tokens x 151,936 words are 4.6 GiB in float32, the hidden states of a 4,096 wide teacher 64 MiB). losses.py projects them
+a few rows at a time.
 
-Not here: which loss will be used.
+    one teacher            reads the student's own sequence
+    several teachers       each reads the sequences that are routed to it; widths and families may differ
+    the student itself     as it was at the start, as a running average, or as it is now, reading a prompt that holds
+                           more than the student saw (a reference solution): self-distillation
+
+Whatever it sees, a teacher scores the same response tokens, so rows keep their order. Not here: which loss is used.
 """
 from dataclasses import dataclass
 
@@ -21,35 +26,77 @@ from tokenizer import Tokenizer, UserError
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a teacher says about the N response tokens of a rollout, in Rollout.rows order. No gradient anywhere."""
-    logp_N: Tensor          # float32: log q(token) at the sampling temperature
-    entropy_N: Tensor       # float32, nats
-    hidden_NE: Tensor       # teacher's compute dtype: the states that predict the tokens
+class Part:
+    """The rows that one teacher scored."""
+    sequence_b: Tensor      # int64: the sequences routed to it
+    place_N: Tensor         # int64: where a row of the step stands in hidden_nE; -1 = another teacher's row
+    hidden_nE: Tensor       # teacher's compute dtype: the states that predict the tokens
     head_VE: Tensor         # (real vocabulary, E), same dtype: upcast(hidden @ head.T) are the logits
 
 
-@torch.no_grad()
-def score(model: Transformer, rollout: Rollout, *, vocab_size: int, temperature: float, max_tokens: int,
-          chunk_rows: int) -> Scores:
-    """One forward pass over the rollout, `max_tokens` tokens at a time, the head `chunk_rows` rows at a time.
+@dataclass(frozen=True)
+class Scores:
+    """What the teachers say about the N response tokens of a rollout, in Rollout.rows order. No gradient anywhere."""
+    logp_N: Tensor          # float32: log q(token) at the sampling temperature
+    entropy_N: Tensor       # float32, nats
+    teacher_B: Tensor       # int64: which teacher read a sequence
+    parts: list[Part]
 
-    vocab_size cuts padding rows off the head: they stand for no token, and mass that leaks there would be lost to both
-    sides (Qwen2.5: 151,936 rows for one size, 152,064 for another, 151,665 tokens).
+
+@torch.no_grad()
+def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, vocab_size: int, temperature: float,
+          max_tokens: int, chunk_rows: int) -> Scores:
+    """Every sequence b read by models[teacher_B[b]], `max_tokens` tokens at a time, heads `chunk_rows` rows at a time.
+
+    `rollout` holds what the teachers see: the student's, or Rollout.with_prompts of it. vocab_size cuts padding rows off
+    the heads: they stand for no token, and mass that leaks there would be lost to both sides (Qwen2.5: 151,936 rows for one
+    size, 152,064 for another, 151,665 tokens).
     """
-    n_rows = int(rollout.mask_BT.sum())
-    head_VE = model.head_weight()[:vocab_size].to(model.compute_dtype)
-    hidden_NE = torch.empty(n_rows, model.config.hidden_size, dtype=model.compute_dtype, device=model.device)
-    for tokens_bt, mask_bt, row_n in rollout.micro_batches(max_tokens):
-        hidden_NE[row_n] = model.response_hidden(tokens_bt, mask_bt)
+    n_rows, device = int(rollout.mask_BT.sum()), rollout.tokens_BT.device
     token_N = rollout.rows(rollout.tokens_BT)
-    logps, entropies = [], []
-    for start in range(0, n_rows, chunk_rows):
-        at = slice(start, start + chunk_rows)
-        logp_NV = (upcast(hidden_NE[at] @ head_VE.T) / temperature).log_softmax(-1)
-        logps.append(logp_NV.gather(1, token_N[at, None]).squeeze(1))
-        entropies.append(-(logp_NV.exp() * logp_NV).sum(-1))
-    return Scores(torch.cat(logps), torch.cat(entropies), hidden_NE, head_VE)
+    sequence_N = rollout.rows(torch.arange(len(teacher_B), device=device)[:, None].expand_as(rollout.tokens_BT))
+    logp_N, entropy_N = torch.zeros(n_rows, device=device), torch.zeros(n_rows, device=device)
+    parts = []
+    for number, model in enumerate(models):
+        sequence_b = (teacher_B == number).nonzero().squeeze(1)
+        if not len(sequence_b):
+            continue
+        mine_N = teacher_B[sequence_N] == number
+        place_N = torch.where(mine_N, mine_N.cumsum(0) - 1, -1)
+        head_VE = model.head_weight()[:vocab_size].to(model.compute_dtype)
+        hidden_nE = torch.empty(int(mine_N.sum()), model.config.hidden_size, dtype=model.compute_dtype, device=device)
+        for tokens_bt, mask_bt, row_n in rollout.micro_batches(max_tokens, sequence_b):
+            hidden_nE[place_N[row_n]] = model.response_hidden(tokens_bt, mask_bt)
+        rows = mine_N.nonzero().squeeze(1)
+        for start in range(0, len(rows), chunk_rows):
+            at = rows[start:start + chunk_rows]
+            logp_NV = (upcast(hidden_nE[start:start + chunk_rows] @ head_VE.T) / temperature).log_softmax(-1)
+            logp_N[at] = logp_NV.gather(1, token_N[at, None]).squeeze(1)
+            entropy_N[at] = -(logp_NV.exp() * logp_NV).sum(-1)
+        parts.append(Part(sequence_b, place_N, hidden_nE, head_VE))
+    return Scores(logp_N, entropy_N, teacher_B, parts)
+
+
+@torch.no_grad()
+def token_kl(student: Scores, teacher: Scores, *, temperature: float, chunk_rows: int) -> Tensor:
+    """KL(p||q) over the vocabulary at every row, (N,) float32: for credit rules that have to see it before the update."""
+    out_N = torch.zeros_like(teacher.logp_N)
+    mine = student.parts[0]
+    for part in teacher.parts:
+        rows = (part.place_N >= 0).nonzero().squeeze(1)
+        for at in rows.split(chunk_rows):
+            p_NV = (upcast(mine.hidden_nE[mine.place_N[at]] @ mine.head_VE.T) / temperature).log_softmax(-1)
+            q_NV = (upcast(part.hidden_nE[part.place_N[at]] @ part.head_VE.T) / temperature).log_softmax(-1)
+            out_N[at] = (p_NV.exp() * (p_NV - q_NV)).sum(-1)
+    return out_N
+
+
+@torch.no_grad()
+def update_average(average: Transformer, student: Transformer, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * student, LoRA merged: the EMA teacher of SDFT and SDPO."""
+    weights = student.weights()
+    for name, parameter in average.named_parameters():
+        parameter.lerp_(weights[name].to(parameter.dtype), 1 - decay)
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer, stop_ids: tuple[int, ...] | None) -> None:
@@ -60,6 +107,6 @@ def check_same_tokens(student: Tokenizer, teacher: Tokenizer, stop_ids: tuple[in
         odd = sorted(set(mine.items()) ^ set(theirs.items()), key=lambda item: item[1])[0]
         raise UserError(f"student and teacher have different vocabularies ({len(mine)} and {len(theirs)} tokens; "
                         f"the first difference is {odd[0]!r} = id {odd[1]}); choose a teacher with the student's tokenizer")
-    if stop_ids is None and student.stop_ids != teacher.stop_ids:
+    if stop_ids is None and set(student.stop_ids) != set(teacher.stop_ids):
         raise UserError(f"the student stops at ids {list(student.stop_ids)}, the teacher at {list(teacher.stop_ids)}; "
                         f"pass --stop_ids {','.join(map(str, teacher.stop_ids))} to train the student on the teacher's")

@@ -1,0 +1,311 @@
+"""Credit: how much the whole step says each token should count, before any gradient exists.
+
+Place in the loop:  rollout -> teacher -> [CREDIT] -> losses -> optimizer.  Imports torch only.
+
+Two tables of pure functions of the whole step's rollout. A filter, a group statistic or a normalisation is only right
+when it sees all of it: official code of two papers is wrong because it computes them per micro-batch.
+
+    ADVANTAGES   (Signals, CreditArgs) -> advantage_N    for the policy_gradient divergence; higher = more likely
+    WEIGHTS      (Signals, CreditArgs) -> weight_N       >= 0, for every divergence; 0 = dropped
+
+Axes: N rows (response tokens of the step), B sequences, G problems ("groups"). a the sampled token; log q teacher,
+log b behaviour (the student when it sampled), log r reference (the student at step 0). Nothing here carries a gradient.
+
+Add one: write the function, give it a line in its table, say which signals it needs, test it.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losses import opt
+
+
+@dataclass(frozen=True)
+class CreditArgs:
+    discount: float = opt(0.0, "opd: weight of the next token's log-ratio in this token's return (MiniLLM: 1)")
+    grpo_std: bool = opt(True, "grpo: divide by the group's standard deviation (off: Dr. GRPO)")
+    extrapolate: float = opt(1.25, "exopd: scale of the teacher's reward over the reference; 1 = opd")
+    sg_agree: float = opt(1.8, "sg: factor where teacher and verifier agree")
+    sg_conflict: float = opt(1.0, "sg: factor where they do not")
+    sg_form: str = opt("reference", "sg: the factor extrapolates from the initial student, or scales the advantage",
+                       ("reference", "scale"))
+    sg_gate: str = opt("sign", "sg: where to extrapolate: where signs agree; the same number of random tokens; everywhere",
+                       ("sign", "random", "all"))
+    kdrl_coef: float = opt(5e-3, "kdrl: weight of the teacher at the first step")
+    kdrl_coef_end: float = opt(1e-3, "kdrl: weight of the teacher at the last step, linear in between")
+    kdrl_mask: str = opt("none", "kdrl: no teacher on right responses; or on groups with one", ("none", "response", "group"))
+    uni_margin: float = opt(0.4, "uni: required gap between the mean log-ratios of right and wrong responses")
+    uni_gap: str = opt("mean", "uni: gap of the means, or of worst right against best wrong", ("mean", "minmax"))
+    uni_guard: float = opt(10.0, "uni: tokens with a log-ratio at least this large get no credit")
+    rlsd_clip: float = opt(0.2, "rlsd: the teacher scales the verifier's advantage by at most 1 +- this")
+    scope_temperature: float = opt(1.0, "scope: softness of the perplexity weights")
+    scope_sign: str = opt("paper", "scope: weight of right responses grows with perplexity (paper) or falls (scripts)",
+                          ("paper", "code"))
+    reopold_share: float = opt(0.3, "reopold: student share of the mixture that floors the log-ratio")
+    reopold_floor: str = opt("logit", "reopold: floor log(s/(1-s)) or log(s)/(1-s)", ("logit", "jensen"))
+    reopold_entropy: float = opt(0.2, "reopold: share of highest-entropy tokens kept in the second half")
+    fire_drop: float = opt(0.2, "fire: share of the responses that the teacher finds least likely, dropped")
+    fire_alpha: float = opt(1.0, "fire: strength of the teacher's confidence in the token weight")
+    fire_beta: float = opt(1.0, "fire: strength of the student's uncertainty in the token weight")
+    fire_max: str = opt("sequence", "fire: entropies are divided by the largest of the sequence or of the step",
+                        ("sequence", "batch"))
+    fire_filter: str = opt("global", "fire: rank the responses over the whole step or per teacher", ("global", "teacher"))
+    tip_keep: float = opt(0.5, "tip: share of the tokens kept")
+    keep: float = opt(0.5, "random: share of the tokens kept, drawn anew each step")
+
+
+class Signals(NamedTuple):
+    """What is known of a whole step before the update. None: this run does not have it."""
+    token_N: Tensor                         # int64: a
+    student_N: Tensor                       # float32: log b(a)
+    student_entropy_N: Tensor               # nats
+    sequence_N: Tensor                      # int64: which sequence a row belongs to; rows of one are neighbours
+    position_N: Tensor                      # int64: 0 for the first response token
+    length_B: Tensor                        # int64: response tokens
+    group_B: Tensor                         # int64: which problem a sequence answers, 0 ... G-1
+    finished_B: Tensor                      # bool
+    teacher_B: Tensor | None = None         # int64: which teacher scored a sequence
+    teacher_N: Tensor | None = None         # log q(a)
+    teacher_entropy_N: Tensor | None = None
+    reference_N: Tensor | None = None       # log r(a)
+    kl_N: Tensor | None = None              # KL(p||q) over the vocabulary
+    reward_B: Tensor | None = None          # float: 1 right, 0 wrong
+    progress: float = 0.0                   # step / steps
+    seed: int = 0                           # of this step, for random controls
+
+
+# Small tools
+
+def sequence_mean(value_N: Tensor, s: Signals) -> Tensor:
+    """(B,): mean over each sequence's rows."""
+    zeros_B = torch.zeros(len(s.length_B), dtype=value_N.dtype, device=value_N.device)
+    return zeros_B.scatter_add(0, s.sequence_N, value_N) / s.length_B
+
+
+def group_mean(value_B: Tensor, s: Signals, where_B: Tensor | None = None) -> Tensor:
+    """(G,): mean over the group's sequences (those under where_B); NaN for a group without any."""
+    weight_B = torch.ones_like(value_B) if where_B is None else where_B.to(value_B.dtype)
+    zeros_G = torch.zeros(int(s.group_B.max()) + 1, dtype=value_B.dtype, device=value_B.device)
+    return (zeros_G.scatter_add(0, s.group_B, value_B * weight_B) / zeros_G.scatter_add(0, s.group_B, weight_B))
+
+
+def largest(value_N: Tensor, s: Signals, scope: str) -> Tensor:
+    """(N,): the largest value of the row's sequence, or of the whole step."""
+    if scope == "batch":
+        return value_N.max().expand_as(value_N)
+    start_B = torch.full((len(s.length_B),), -torch.inf, dtype=value_N.dtype, device=value_N.device)
+    return start_B.scatter_reduce(0, s.sequence_N, value_N, "amax")[s.sequence_N]
+
+
+def permutation(n: int, s: Signals) -> Tensor:
+    rng = torch.Generator().manual_seed(s.seed)
+    return torch.randperm(n, generator=rng).to(s.token_N.device)
+
+
+def return_to_go(value_N: Tensor, s: Signals, discount: float) -> Tensor:
+    """out_n = value_n + discount * out_{n+1} inside one sequence, never across."""
+    table_BT = torch.zeros(len(s.length_B), int(s.length_B.max()) + 1, dtype=value_N.dtype, device=value_N.device)
+    at = s.sequence_N, s.position_N
+    table_BT[at] = value_N
+    for t in reversed(range(table_BT.shape[1] - 1)):
+        table_BT[:, t] += discount * table_BT[:, t + 1]
+    return table_BT[at]
+
+
+# Advantages
+
+def opd(s: Signals, args: CreditArgs) -> Tensor:
+    """log q(a) - log b(a): minus the sampled reverse KL at this token.  Thinking Machines 2025, discount 0.
+
+    With discount 1 each token also answers for the rest of its sequence: MiniLLM's return-to-go (Gu 2023,
+    arXiv:2306.08543), the sequence-level reverse-KL gradient, at a far larger variance.
+    """
+    ratio_N = s.teacher_N - s.student_N
+    return return_to_go(ratio_N, s, args.discount) if args.discount else ratio_N
+
+
+def grpo(s: Signals, args: CreditArgs) -> Tensor:
+    """(reward - group mean) / group std (n - 1), the same on every token of a response.  Shao 2024, arXiv:2402.03300;
+    without the std: Dr. GRPO, arXiv:2503.20783. A unanimous group gets exactly 0: no epsilon decides it."""
+    return group_advantage(s, args.grpo_std)[s.sequence_N]
+
+
+def group_advantage(s: Signals, divide: bool) -> Tensor:
+    centred_B = s.reward_B - group_mean(s.reward_B, s)[s.group_B]
+    if not divide:
+        return centred_B
+    size_B = torch.bincount(s.group_B)[s.group_B]
+    variance_B = group_mean(centred_B.square(), s)[s.group_B] * size_B / (size_B - 1).clamp(min=1)
+    return torch.where(variance_B > 0, centred_B / variance_B.sqrt(), 0.0)
+
+
+def exopd(s: Signals, args: CreditArgs) -> Tensor:
+    """(log q - log b) + (extrapolate - 1)(log q - log r).  G-OPD / ExOPD, arXiv:2602.12125. The optimum moves past the
+    teacher, to r^(1-x) q^x; x = 1 is opd, 0 < x < 1 interpolates."""
+    return opd(s, args) + (args.extrapolate - 1) * (s.teacher_N - s.reference_N)
+
+
+def sg(s: Signals, args: CreditArgs) -> Tensor:
+    """Sign-gated OPD, arXiv:2606.09304.  a1 = the verifier's verdict against its group, a2 = log q - log b; factor k =
+    sg_agree where a1 a2 > 0, else sg_conflict.
+
+    reference   a2 + (k - 1)(log q - log r)   form A: extrapolates from the initial student, as ExOPD does
+    scale       k a2                          form B
+    At step 0 (r = b) both are the same. A unanimous group has a1 = 0, agrees nowhere, and is plain OPD at sg_conflict 1.
+    A cut response says nothing about its tokens and is not extrapolated either. Gates `random` (as many tokens, drawn
+    blindly) and `all` are the controls.
+    """
+    a2_N = opd(s, args)
+    verdict_B = torch.where(s.finished_B, group_advantage(s, divide=False), 0.0)
+    agree_N = verdict_B[s.sequence_N] * a2_N > 0
+    if args.sg_gate == "random":
+        agree_N = agree_N[permutation(len(agree_N), s)]
+    elif args.sg_gate == "all":
+        agree_N = torch.ones_like(agree_N)
+    factor_N = torch.where(agree_N, args.sg_agree, args.sg_conflict).to(a2_N.dtype)
+    if args.sg_form == "scale":
+        return factor_N * a2_N
+    return a2_N + (factor_N - 1) * (s.teacher_N - s.reference_N)
+
+
+def opdvr(s: Signals, args: CreditArgs) -> Tensor:
+    """z max(0, z (log q - log b)), z = +1 for a right response, -1 for a wrong one.  OPDVR, arXiv:2608.24696: tokens
+    on which teacher and verifier disagree get nothing."""
+    z_N = (2 * s.reward_B - 1)[s.sequence_N]
+    return z_N * (z_N * opd(s, args)).clamp(min=0)
+
+
+def kdrl(s: Signals, args: CreditArgs) -> Tensor:
+    """grpo + coef (log q - log b), coef falling linearly.  KDRL, arXiv:2506.02208 (its k2 term has this gradient).
+    kdrl_mask drops the teacher on right responses, or on every response of a group that has one."""
+    coef = args.kdrl_coef + (args.kdrl_coef_end - args.kdrl_coef) * s.progress
+    right_B = s.reward_B > 0
+    masked_B = {"none": torch.zeros_like(right_B), "response": right_B,
+                "group": group_mean(s.reward_B, s)[s.group_B] > 0}[args.kdrl_mask]
+    return grpo(s, args) + torch.where(masked_B[s.sequence_N], 0.0, coef * opd(s, args))
+
+
+def uni(s: Signals, args: CreditArgs) -> Tensor:
+    """Outcome-guided margin.  Uni-OPD, arXiv:2605.03677: when in a group the mean log-ratio of right responses does not
+    exceed that of wrong ones by uni_margin, half of what is missing is added to every token of the right ones and taken
+    from the wrong ones. Groups with one outcome stay. Tokens with |log-ratio| >= uni_guard get no credit."""
+    ratio_N, right_B = opd(s, args), s.reward_B > 0
+    score_B = sequence_mean(ratio_N, s)
+    if args.uni_gap == "mean":
+        gap_G = group_mean(score_B, s, right_B) - group_mean(score_B, s, ~right_B)
+    else:
+        worst_G, best_G = (torch.full((int(s.group_B.max()) + 1,), end, device=score_B.device, dtype=score_B.dtype)
+                           .scatter_reduce(0, s.group_B[side], score_B[side], how)
+                           for end, side, how in ((torch.inf, right_B, "amin"), (-torch.inf, ~right_B, "amax")))
+        gap_G = torch.where(worst_G.isinf() | best_G.isinf(), torch.nan, worst_G - best_G)
+    shift_G = (args.uni_margin - gap_G).clamp(min=0).nan_to_num(0.0)    # NaN: a group with one outcome has no gap
+    shift_B = shift_G[s.group_B] / 2 * torch.where(right_B, 1.0, -1.0).to(ratio_N.dtype)
+    return torch.where(ratio_N.abs() >= args.uni_guard, 0.0, ratio_N + shift_B[s.sequence_N])
+
+
+def rlsd(s: Signals, args: CreditArgs) -> Tensor:
+    """A clip(exp(sign(A)(log q - log b)), 1 - c, 1 + c), A from grpo.  RLSD, arXiv:2604.03128: the verifier sets the
+    sign, the teacher (usually the student with privileged context) only the size."""
+    advantage_N = grpo(s, args)
+    ratio_N = (advantage_N.sign() * (s.teacher_N - s.student_N)).exp()
+    return advantage_N * ratio_N.clamp(1 - args.rlsd_clip, 1 + args.rlsd_clip)
+
+
+def scope(s: Signals, args: CreditArgs) -> Tensor:
+    """SCOPE, arXiv:2604.10688: right responses are imitated (advantage = weight: the gradient of weighted NLL), wrong ones
+    distilled (weight (log q - log b)). Weights are softmaxed perplexities inside the group's right and wrong halves, times
+    the half's size: student perplexity^(1/t) on the right, teacher perplexity^(-1/t) on the wrong. The launch scripts flip
+    the former's sign (scope_sign code)."""
+    right_B = s.reward_B > 0
+    sign = 1.0 if args.scope_sign == "paper" else -1.0
+    log_ppl_B = torch.where(right_B, -sign * sequence_mean(s.student_N, s), sequence_mean(s.teacher_N, s))
+    raw_B = (log_ppl_B / args.scope_temperature).exp()
+    half_B = torch.where(right_B, group_mean(raw_B, s, right_B)[s.group_B], group_mean(raw_B, s, ~right_B)[s.group_B])
+    return (raw_B / half_B)[s.sequence_N] * torch.where(right_B[s.sequence_N], 1.0, opd(s, args))
+
+
+def reopold_floor(args: CreditArgs) -> float:
+    share = torch.tensor(args.reopold_share, dtype=torch.float64)
+    floor = (share / (1 - share)).log() if args.reopold_floor == "logit" else share.log() / (1 - share)
+    return floor.item()
+
+
+def reopold(s: Signals, args: CreditArgs) -> Tensor:
+    """max(log q - log b, floor).  REOPOLD, arXiv:2603.11137: the reward of a mixture of teacher and student, which is
+    bounded below; sources print the floor in two ways. Goes with the weight of the same name."""
+    return opd(s, args).clamp(min=reopold_floor(args))
+
+
+ADVANTAGES = {"opd": opd, "grpo": grpo, "exopd": exopd, "sg": sg, "opdvr": opdvr, "kdrl": kdrl, "uni": uni, "rlsd": rlsd,
+              "scope": scope, "reopold": reopold}
+
+
+# Weights
+
+def uniform(s: Signals, args: CreditArgs) -> Tensor:
+    """Every token counts the same."""
+    return torch.ones_like(s.student_N)
+
+
+def fire(s: Signals, args: CreditArgs) -> Tensor:
+    """Filter, then reweight.  FiRe-OPD, arXiv:2606.02684, eqs. 4-8.
+
+    Filter: score = the teacher's mean log-prob of the response; a response below the fire_drop quantile (linear, ties
+    stay) of the whole step is dropped. Reweight: (1 + alpha (1 - H_T/max H_T)) (1 + beta H_S/max H_S), divided by its mean
+    in the response, so that it shifts weight between tokens and never between responses. The official code takes the
+    quantile inside micro-batches of one response, where it drops nothing.
+    """
+    score_B = sequence_mean(s.teacher_N, s)
+    part_B = s.teacher_B if args.fire_filter == "teacher" and s.teacher_B is not None else torch.zeros_like(s.group_B)
+    keep_B = torch.ones_like(s.finished_B)
+    for part in part_B.unique():
+        here_B = part_B == part
+        keep_B[here_B] = score_B[here_B] >= score_B[here_B].quantile(args.fire_drop)
+    floor = 1e-6        # all-zero entropies: the official code's floor, not a repair of ours
+    confident_N = (1 - s.teacher_entropy_N / largest(s.teacher_entropy_N, s, args.fire_max).clamp(min=floor)).clamp(0, 1)
+    confused_N = (s.student_entropy_N / largest(s.student_entropy_N, s, args.fire_max).clamp(min=floor)).clamp(0, 1)
+    weight_N = (1 + args.fire_alpha * confident_N) * (1 + args.fire_beta * confused_N)
+    return weight_N / sequence_mean(weight_N, s)[s.sequence_N] * keep_B[s.sequence_N]
+
+
+def tip(s: Signals, args: CreditArgs) -> Tensor:
+    """The tip_keep share of tokens with the highest h + d - h d, where h = student entropy and d = KL(p||q), both scaled
+    to [0, 1] over the step: uncertain or wrong.  TIP, arXiv:2604.14084."""
+    def scaled(x_N: Tensor) -> Tensor:
+        spread = x_N.max() - x_N.min()
+        return (x_N - x_N.min()) / spread if spread > 0 else torch.zeros_like(x_N)
+    h_N, d_N = scaled(s.student_entropy_N), scaled(s.kl_N)
+    return keep_highest(h_N + d_N - h_N * d_N, args.tip_keep)
+
+
+def keep_highest(score_N: Tensor, share: float) -> Tensor:
+    """1 for the ceil(share N) highest scores, earlier rows first among equals; 0 elsewhere."""
+    n = max(1, int(-(-share * len(score_N) // 1)))
+    return torch.zeros_like(score_N).scatter(0, score_N.argsort(descending=True, stable=True)[:n], 1.0)
+
+
+def reopold_weight(s: Signals, args: CreditArgs) -> Tensor:
+    """First half of training: tokens whose log-ratio is above the floor. Second half: the reopold_entropy share of tokens
+    with the highest student entropy.  REOPOLD, arXiv:2603.11137 (switch at half: a reading of the paper)."""
+    if s.progress < 0.5:
+        return (s.teacher_N - s.student_N >= reopold_floor(args)).to(s.student_N.dtype)
+    return keep_highest(s.student_entropy_N, args.reopold_entropy)
+
+
+def random(s: Signals, args: CreditArgs) -> Tensor:
+    """A random share of the tokens: the control for every rule that drops some."""
+    return keep_highest(permutation(len(s.token_N), s).to(s.student_N.dtype), args.keep)
+
+
+WEIGHTS = {"none": uniform, "fire": fire, "tip": tip, "reopold": reopold_weight, "random": random}
+
+# What an entry needs beyond the student's own log-probs; train.py checks it before the first step and provides it.
+NEEDS = {
+    "teacher": ("opd", "exopd", "sg", "opdvr", "kdrl", "uni", "rlsd", "scope", "reopold", "fire", "tip"),
+    "reward": ("grpo", "sg", "opdvr", "kdrl", "uni", "rlsd", "scope"),
+    "group": ("grpo", "sg", "kdrl", "uni", "rlsd", "scope"),
+    "reference": ("exopd", "sg"),
+    "kl": ("tip",),
+}
