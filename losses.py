@@ -197,7 +197,7 @@ def topk_reverse_kl(r: Rows, args: LossArgs) -> Tensor:
 def topk_forward_kl(r: Rows, args: LossArgs) -> Tensor:
     """KL(q||p) restricted to a support S, usually the teacher's.  Forms as in topk_reverse_kl; verl's forward_kl_topk is
     `truncated`: sum_S q log(q/p) with raw probabilities, negative when the student holds more mass on S than the
-    teacher (verl issue 7856). `tail` is the form that stays a KL."""
+    teacher (verl issue 7856), and not at rest at p = q, where it still moves mass onto S. `tail` stays a KL."""
     s = choose_support(r, args)
     if args.topk_form == "renormalised":
         return kl_on_support(renormalised(s.teacher_NK, s.keep_NK), renormalised(s.student_NK, s.keep_NK), s.keep_NK)
@@ -254,8 +254,11 @@ def grpo_advantage(s: Signals, args: LossArgs) -> Tensor:
     n_groups = int(s.group_B.max()) + 1
     zeros_G = torch.zeros(n_groups, dtype=s.reward_B.dtype, device=s.reward_B.device)
     size_G = zeros_G.scatter_add(0, s.group_B, torch.ones_like(s.reward_B))
-    mean_G = zeros_G.scatter_add(0, s.group_B, s.reward_B) / size_G
-    centred_B = s.reward_B - mean_G[s.group_B]
+    # counted from the group's lowest reward: seven times 0.1 has a rounded mean that is not 0.1, and the std of that
+    # rounding error would turn it into an advantage of 0.9
+    lowest_G = zeros_G.scatter_reduce(0, s.group_B, s.reward_B, "amin", include_self=False)
+    above_B = s.reward_B - lowest_G[s.group_B]
+    centred_B = above_B - (zeros_G.scatter_add(0, s.group_B, above_B) / size_G)[s.group_B]
     if args.grpo_std:
         std_G = (zeros_G.scatter_add(0, s.group_B, centred_B.square()) / (size_G - 1).clamp(min=1)).sqrt()
         std_B = std_G[s.group_B]
