@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,12 +39,23 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def writing(path: Path):
+    """A full or broken disk is said in one sentence. What is already complete stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}); free some space and run the same command "
+                        f"again") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """All of it or nothing."""
     temporary = path.with_name(path.name + TEMPORARY)
-    temporary.write_text(text)
-    flush(temporary)
-    os.replace(temporary, path)
+    with writing(path):
+        temporary.write_text(text)
+        flush(temporary)
+        os.replace(temporary, path)
 
 
 def plain(value):
@@ -65,11 +77,19 @@ def git_commit() -> str | None:
         return None
 
 
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class RunFolder:
     """One run on disk. Opening it takes a lock, refuses another configuration, and finds where to go on."""
 
     def __init__(self, path: Path, config: dict, fresh: bool = False):
-        self.path, self.config = Path(path), config
+        self.path, self.config = Path(path), plain(config)
+        self.refuse_foreign()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")
@@ -84,14 +104,24 @@ class RunFolder:
         if (self.path / "config.json").exists():
             self.compare(read_json(self.path / "config.json"))
         else:
-            write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
-        for leftover in self.path.rglob("*" + TEMPORARY):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            write_text(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+        for leftover in list(self.path.rglob("*" + TEMPORARY)):
+            remove(leftover)
+
+    def refuse_foreign(self) -> None:
+        """--fresh deletes what is here, so it had better be a run: `--name ..` is a slip away."""
+        try:
+            names = sorted(item.name for item in self.path.iterdir()) if self.path.is_dir() else []
+        except OSError as error:
+            raise UserError(f"cannot read {self.path} ({error.strerror}); choose another --runs folder") from error
+        if names and ".lock" not in names:      # the first thing a run writes and the last that --fresh would take
+            raise UserError(f"{self.path} exists and is no run (it holds {names[0]}); pass another --name")
 
     def empty(self) -> None:
-        for item in self.path.iterdir():
+        # config.json goes last: a deletion that is cut short must still know whose remains these are
+        for item in sorted(self.path.iterdir(), key=lambda item: item.name == "config.json"):
             if item.name != ".lock":
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+                remove(item)
 
     def compare(self, old: dict) -> None:
         """The same run must mean the same configuration, or its curve would be two experiments glued together."""
@@ -117,7 +147,7 @@ class RunFolder:
             tokenizer.save(temporary)
             save_file(trainer_tensors(model, optimizer), temporary / "trainer.safetensors")
             (temporary / "trainer.json").write_text(json.dumps(plain({**state, "step": step}), indent=2) + "\n")
-            for file in temporary.iterdir():
+            for file in [*temporary.iterdir(), temporary]:
                 flush(file)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
@@ -150,11 +180,15 @@ class RunFolder:
             folder = self.step_folder(self.steps()[-1])
             state = read_json(folder / "trainer.json")
             try:
-                restore(load_file(folder / "trainer.safetensors", device=str(model.device)), model, optimizer)
-            except (OSError, SafetensorError, KeyError) as error:
+                # read on the CPU: a second copy of weights and moments may not fit on the device
+                restore(load_file(folder / "trainer.safetensors"), model, optimizer)
+            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise UserError(f"{folder} cannot be resumed ({error}); delete that folder to go on from an older "
                                 f"checkpoint, or pass --fresh") from error
-            self.link("last", folder)
+            with writing(self.path / "last"):       # the process may have died before it set the links
+                self.link("last", folder)
+                if state.get("best_step") == state["step"]:
+                    self.link("best", folder)
         self.trim_metrics(state["step"] if state else -1)
         return state
 
@@ -178,11 +212,12 @@ class RunFolder:
         write_text(self.metrics, "\n".join(kept) + "\n")
 
     def log(self, record: dict) -> None:
-        with open(self.metrics, "a") as file:
+        with writing(self.metrics), open(self.metrics, "a") as file:
             file.write(json.dumps(plain(record)) + "\n")
 
     def write_samples(self, step: int, samples: list[dict]) -> None:
-        (self.path / "samples").mkdir(exist_ok=True)
+        with writing(self.path / "samples"):
+            (self.path / "samples").mkdir(exist_ok=True)
         lines = "".join(json.dumps(plain(sample)) + "\n" for sample in samples)
         write_text(self.path / "samples" / f"step-{step:06d}.jsonl", lines)
 

@@ -133,7 +133,11 @@ def grpo(s: Signals, args: CreditArgs) -> Tensor:
 
 
 def group_advantage(s: Signals, divide: bool) -> Tensor:
-    centred_B = s.reward_B - group_mean(s.reward_B, s)[s.group_B]
+    # counted from the group's lowest reward: seven times 0.1 has a rounded mean that is not 0.1, and the std of that
+    # rounding error would turn it into an advantage of 0.9
+    start_G = torch.zeros(int(s.group_B.max()) + 1, dtype=s.reward_B.dtype, device=s.reward_B.device)
+    above_B = s.reward_B - start_G.scatter_reduce(0, s.group_B, s.reward_B, "amin", include_self=False)[s.group_B]
+    centred_B = above_B - group_mean(above_B, s)[s.group_B]
     if not divide:
         return centred_B
     size_B = torch.bincount(s.group_B)[s.group_B]

@@ -198,7 +198,7 @@ def topk_reverse_kl(r: Rows, args: LossArgs) -> Tensor:
 def topk_forward_kl(r: Rows, args: LossArgs) -> Tensor:
     """KL(q||p) restricted to a support S, usually the teacher's.  Forms as in topk_reverse_kl; verl's forward_kl_topk is
     `truncated`: sum_S q log(q/p) with raw probabilities, negative when the student holds more mass on S than the
-    teacher (verl issue 7856). `tail` is the form that stays a KL."""
+    teacher (verl issue 7856), and not at rest at p = q, where it still moves mass onto S. `tail` stays a KL."""
     s = choose_support(r, args)
     if args.topk_form == "renormalised":
         return kl_on_support(renormalised(s.teacher_NK, s.keep_NK), renormalised(s.student_NK, s.keep_NK), s.keep_NK)

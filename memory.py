@@ -29,8 +29,7 @@ def memory_plan(cfg, student: ModelConfig, teacher: ModelConfig | None, prompt: 
     qkv = (s.num_attention_heads + 2 * s.num_key_value_heads) * s.head_dim
     wide = qkv + s.num_attention_heads * s.head_dim + 3 * s.intermediate_size
     adapters = cfg.lora_rank * s.num_hidden_layers * (
-        4 * s.hidden_size + 2 * s.num_attention_heads * s.head_dim + qkv - s.num_attention_heads * s.head_dim
-        + s.hidden_size + 3 * (s.hidden_size + s.intermediate_size))
+        4 * s.hidden_size + qkv + s.num_attention_heads * s.head_dim + 3 * (s.hidden_size + s.intermediate_size))
     trained = adapters or weights
     tokens = max(min(cfg.micro_batch_tokens, sequences * length), length)
     per_layer = tokens * (wide * item + s.hidden_size * (4 * item + 8))

@@ -221,7 +221,7 @@ class Tokenizer:
         self._special = special_tokens(self.folder, config)
         self._backend = load_backend(self.folder, config, self._special)
         self.vocab_size = 1 + max(self.vocab().values(), default=-1)
-        self.stop_ids = find_stop_ids(self.folder, self._special, self._backend, self.vocab_size)
+        self.stop_ids = self._stop_ids = find_stop_ids(self.folder, self._special, self._backend, self.vocab_size)
         text, self._origin = find_template(self.folder, config, choice)
         self._template = None if text is None else compile_template(text, self._origin)
         self._template_file = None if choice in ("auto", "plain") else Path(choice)
@@ -269,8 +269,9 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=self._template is None).ids
 
     def save(self, folder: str | Path) -> None:
-        """Copies the text-side files byte for byte. A template given by path becomes chat_template.jinja, so
-        that whoever loads the folder prompts the model as it was prompted here."""
+        """Copies the text-side files byte for byte. A template given by path becomes chat_template.jinja and
+        stop_ids set by the caller go into generation_config.json, so that whoever loads the folder prompts and
+        stops the model as it was here."""
         sources = {name: self.folder / name for name in TEXT_FILES}
         if self._template_file is not None:
             sources["chat_template.jinja"] = self._template_file
@@ -279,3 +280,8 @@ class Tokenizer:
             target = Path(folder) / name
             if source.is_file() and source.resolve() != target.resolve():
                 shutil.copyfile(source, target)
+        if self.stop_ids != self._stop_ids:
+            path = Path(folder) / "generation_config.json"
+            ids = list(self.stop_ids) if len(self.stop_ids) > 1 else self.stop_ids[0]
+            text = json.dumps(read_json(path, optional=True) | {"eos_token_id": ids}, indent=2)
+            path.write_text(text + "\n", encoding="utf-8")
