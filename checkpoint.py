@@ -138,14 +138,14 @@ class RunFolder:
     def step_folder(self, step: int) -> Path:
         return self.path / f"step-{step:06d}"
 
-    def save(self, step: int, model, tokenizer, optimizer, state: dict, best: bool) -> None:
+    def save(self, step: int, model, tokenizer, optimizer, state: dict, best: bool, average=None) -> None:
         """A complete checkpoint or none: when the disk fills up, the unfinished one is removed and the previous stays."""
         final = self.step_folder(step)
         temporary = final.with_name(final.name + TEMPORARY)
         try:
             model.save(temporary)
             tokenizer.save(temporary)
-            save_file(trainer_tensors(model, optimizer), temporary / "trainer.safetensors")
+            save_file(trainer_tensors(model, optimizer, average), temporary / "trainer.safetensors")
             (temporary / "trainer.json").write_text(json.dumps(plain({**state, "step": step}), indent=2) + "\n")
             for file in [*temporary.iterdir(), temporary]:
                 flush(file)
@@ -171,9 +171,9 @@ class RunFolder:
         temporary.symlink_to(target.name)
         os.replace(temporary, self.path / name)
 
-    def resume(self, model, optimizer) -> dict | None:
-        """Load the newest checkpoint into model and optimizer; return its state, or None at the very start. Records
-        of steps after it are cut off metrics.jsonl: they will be made again."""
+    def resume(self, model, optimizer, average=None) -> dict | None:
+        """Load the newest checkpoint into model, optimizer and the teacher's running average; return its state, or None at
+        the very start. Records of steps after it are cut off metrics.jsonl: they will be made again."""
         if not self.steps():
             state = None
         else:
@@ -181,7 +181,7 @@ class RunFolder:
             state = read_json(folder / "trainer.json")
             try:
                 # read on the CPU: a second copy of weights and moments may not fit on the device
-                restore(load_file(folder / "trainer.safetensors"), model, optimizer)
+                restore(load_file(folder / "trainer.safetensors"), model, optimizer, average)
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise UserError(f"{folder} cannot be resumed ({error}); delete that folder to go on from an older "
                                 f"checkpoint, or pass --fresh") from error
@@ -232,10 +232,10 @@ def trainable(model) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def trainer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+def trainer_tensors(model, optimizer, average=None) -> dict[str, torch.Tensor]:
     """What the Hugging Face folder beside it does not hold: the trained weights as stored (float32 masters, adapters
-    unmerged) and the optimizer's moments."""
-    tensors = {}
+    unmerged), the optimizer's moments, and the running average where there is one."""
+    tensors = {f"average/{name}": p.detach().cpu() for name, p in average.named_parameters()} if average else {}
     for name, parameter in trainable(model):
         tensors[f"weight/{name}"] = parameter.detach().cpu()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -243,8 +243,11 @@ def trainer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def restore(tensors: dict[str, torch.Tensor], model, optimizer) -> None:
+def restore(tensors: dict[str, torch.Tensor], model, optimizer, average=None) -> None:
     moments = {}
+    for name, parameter in average.named_parameters() if average else ():
+        with torch.no_grad():
+            parameter.copy_(tensors.pop(f"average/{name}"))
     for index, (name, parameter) in enumerate(trainable(model)):
         with torch.no_grad():
             parameter.copy_(tensors.pop(f"weight/{name}"))

@@ -54,6 +54,9 @@ class CreditArgs:
     fire_filter: str = opt("global", "fire: rank the responses over the whole step or per teacher", ("global", "teacher"))
     tip_keep: float = opt(0.5, "tip: share of the tokens kept")
     keep: float = opt(0.5, "random: share of the tokens kept, drawn anew each step")
+    skip_first: int = opt(0, "first response tokens without a loss (SDFT: 3)")
+    loss_first_n: int = opt(0, "only the first so many tokens of a response get a loss; 0 = all")
+    skip_tokens: str = opt("", "comma-separated ids of tokens without a loss, such as special ones")
 
 
 class Signals(NamedTuple):
@@ -304,6 +307,16 @@ def random(s: Signals, args: CreditArgs) -> Tensor:
 
 
 WEIGHTS = {"none": uniform, "fire": fire, "tip": tip, "reopold": reopold_weight, "random": random}
+
+def supervised(s: Signals, args: CreditArgs) -> Tensor:
+    """1 where a token may have a loss at all, whatever the weight: skip_first (SDFT, arXiv:2601.19897), loss_first_n
+    (supervision depth), skip_tokens (the special-token mask of arXiv:2603.25562)."""
+    last = args.loss_first_n or int(s.length_B.max())
+    skipped = torch.tensor([int(part) for part in args.skip_tokens.split(",") if part], dtype=torch.int64,
+                           device=s.token_N.device)
+    inside_N = (s.position_N >= args.skip_first) & (s.position_N < last) & ~torch.isin(s.token_N, skipped)
+    return inside_N.to(s.student_N.dtype)
+
 
 # What an entry needs beyond the student's own log-probs; train.py checks it before the first step and provides it.
 NEEDS = {

@@ -309,10 +309,10 @@ def evaluate(model, tokenizer, problems: list[Problem], *, k: int, temperature: 
                         "answer": verifier and extract(text, verifier),
                         "correct": verifier and grade(text, problems[b // k].answer, verifier),
                         "finished": finished})
-    return _metrics(samples, k, verifier), samples
+    return metrics_of(samples, k, verifier), samples
 
 
-def _metrics(samples: list[dict], k: int, verifier: str | None) -> dict:
+def metrics_of(samples: list[dict], k: int, verifier: str | None) -> dict:
     metrics = {}
     if verifier is not None:
         correct_PK = np.array([s["correct"] for s in samples], dtype=np.float64).reshape(-1, k)

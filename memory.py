@@ -3,11 +3,9 @@
 Place in the loop: train.py prints it before the weights are loaded (or `python train.py --plan` alone). Works from the
 two config.json files and the flags; nothing here allocates.
 """
-from pathlib import Path
-
 import torch
 
-from model import ModelConfig, Transformer, load_config
+from model import ModelConfig, Transformer
 
 
 def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
@@ -15,7 +13,7 @@ def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
     return cfg.chunk_rows or max(16, (2**22 if device.type == "cpu" else 2**26) // vocab_size)
 
 
-def memory_plan(cfg, student: ModelConfig, teacher: ModelConfig | None, prompt: int, vocab_size: int,
+def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int,
                 chunk_rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes, by what they are for. Weights, gradients, moments, cache and hidden rows are exact; activations count the
     tensors that the backward pass keeps, and the allocator adds its own few percent."""
@@ -45,9 +43,9 @@ def memory_plan(cfg, student: ModelConfig, teacher: ModelConfig | None, prompt: 
         "activations of a micro-batch": kept_layers,
         "logits of a chunk": 8 * 4 * min(chunk_rows, sequences * cfg.max_new_tokens) * vocab_size,
     }
-    if teacher is not None:
-        plan["teacher weights"] = item * size(teacher)
-        plan["teacher hidden states"] = sequences * cfg.max_new_tokens * teacher.hidden_size * item
+    if teachers:
+        plan["teacher weights"] = item * sum(map(size, teachers))
+        plan["teacher hidden states"] = sequences * cfg.max_new_tokens * max(t.hidden_size for t in teachers) * item
     return plan
 
 
@@ -58,9 +56,8 @@ def peak(plan: dict[str, int]) -> int:
             + max(sum(plan[name] for name in phase) for phase in (rollout, update)))
 
 
-def print_plan(cfg, folder: Path, teacher_folder: Path | None, prompt: int, vocab_size: int, device, dtype) -> None:
-    plan = memory_plan(cfg, load_config(folder), load_config(teacher_folder) if teacher_folder else None, prompt,
-                       vocab_size, auto_chunk(cfg, vocab_size, device), dtype)
+def print_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int, device, dtype) -> None:
+    plan = memory_plan(cfg, student, teachers, prompt, vocab_size, auto_chunk(cfg, vocab_size, device), dtype)
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.items() if size)
     total = peak(plan)
     print(f"memory  about {size_text(total)} at the peak: {parts}")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses import upcast
+from losses import Rows, diagnostics, upcast
 from model import Transformer
 from rollout import Rollout
 from tokenizer import Tokenizer, UserError
@@ -78,17 +78,18 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
 
 
 @torch.no_grad()
-def token_kl(student: Scores, teacher: Scores, *, temperature: float, chunk_rows: int) -> Tensor:
-    """KL(p||q) over the vocabulary at every row, (N,) float32: for credit rules that have to see it before the update."""
-    out_N = torch.zeros_like(teacher.logp_N)
-    mine = student.parts[0]
+def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_rows: int) -> dict[str, Tensor]:
+    """losses.diagnostics, (N,) each, between one model's scores and another's on the same tokens: for credit rules and
+    reports that have to see them before the update. `student` is scored by a single model."""
+    out: dict[str, Tensor] = {}
+    (mine,) = student.parts
     for part in teacher.parts:
-        rows = (part.place_N >= 0).nonzero().squeeze(1)
-        for at in rows.split(chunk_rows):
-            p_NV = (upcast(mine.hidden_nE[mine.place_N[at]] @ mine.head_VE.T) / temperature).log_softmax(-1)
-            q_NV = (upcast(part.hidden_nE[part.place_N[at]] @ part.head_VE.T) / temperature).log_softmax(-1)
-            out_N[at] = (p_NV.exp() * (p_NV - q_NV)).sum(-1)
-    return out_N
+        for at in (part.place_N >= 0).nonzero().squeeze(1).split(chunk_rows):
+            p_NV, q_NV = ((upcast(side.hidden_nE[side.place_N[at]] @ side.head_VE.T) / temperature).log_softmax(-1)
+                          for side in (mine, part))
+            for name, value in diagnostics(Rows(p_NV, at, q_NV)).items():
+                out.setdefault(name, torch.zeros_like(teacher.logp_N))[at] = value
+    return out
 
 
 @torch.no_grad()

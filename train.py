@@ -19,33 +19,42 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import losses
 from checkpoint import RunFolder, trainable
-from eval import Problem, evaluate, grade, load_problems, template_variable
-from losses import ADVANTAGES, DIVERGENCES, WEIGHTS, LossArgs, Signals, opt
-from memory import auto_chunk, print_plan
-from model import Transformer, checkpoint_folder, load_config, load_model
-from rollout import Rollout, from_responses, generate
-from teacher import Scores, check_same_tokens, score
-from tokenizer import Tokenizer, UserError, one_line
+from credit import ADVANTAGES, WEIGHTS, CreditArgs
+from eval import evaluate, metrics_of
+from losses import DIVERGENCES, LossArgs, opt
+from prepare import Setup, needs, parse_teachers, set_up
+from report import report, self_check
+from step import Clock, teacher_responses, train_step
+from tokenizer import UserError, one_line
 
 TOY = Path(__file__).resolve().parent / "toy"
 
 
 @dataclass(frozen=True)
-class Config(LossArgs):
+class Config(CreditArgs, LossArgs):
     recipe: str = opt("opd", "a row of RECIPES; the flags that follow override it")
     # models
     student: str = opt(str(TOY / "student"), "the model that learns: a checkpoint folder or a hub id")
-    teacher: str = opt(str(TOY / "teacher"), "the model that scores: a checkpoint folder, a hub id, or none")
+    teacher: str = opt(str(TOY / "teacher"), "the model that scores: a checkpoint folder, a hub id, none, self (the student), "
+                       "or several as tag=folder,tag=folder")
+    route: str = opt("teacher", "several teachers: the field of a problem that names its teacher's tag")
+    self_teacher: str = opt("initial", "--teacher self: the student as it was at the start, a running average, or as it is",
+                            ("initial", "ema", "live"))
+    ema: float = opt(0.99, "--self_teacher ema: share of the average kept at each step")
+    privileged: str = opt("none", "what else the teacher is shown: the solution, or a right response of another sample",
+                          ("none", "solution", "sibling"))
+    teacher_prompt: str = opt("", "template of the privileged prompt with {problem} and {solution}; empty: data.SHOWN_SOLUTION")
+    teacher_template_vars: str = opt("", "like template_vars, for the teacher's side; empty: the same")
+    reference: str = opt("", "exopd and sg: the model extrapolated from; empty: the initial student")
     lora_rank: int = opt(0, "train adapters of this rank on all seven projections instead of all weights; 0 = off")
     lora_alpha: float = opt(32.0, "LoRA: the adapter's output is scaled by lora_alpha / lora_rank")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
@@ -58,9 +67,16 @@ class Config(LossArgs):
     lmbda: float = opt(1.0, "GKD: probability that a step learns on the student's own samples; else on given responses")
     responses: str = opt("solution", "given responses: the data's solutions, or written by the teacher",
                          ("solution", "teacher"))
+    cold_start_steps: int = opt(0, "first so many steps: cross-entropy on filtered responses of the teacher")
+    pts_weight: float = opt(0.0, "phased teacher sampling: weight of cross-entropy on verified teacher responses; 0 = off")
+    pts_hold: float = opt(0.1, "phased teacher sampling: share of the run at full weight")
+    pts_end: float = opt(0.4, "phased teacher sampling: share of the run after which, on a cosine, the weight is 0")
+    pts_samples: int = opt(4, "teacher responses tried per problem, for cold start and phased teacher sampling")
     # data and sampling
     data: str = opt(str(TOY / "train.jsonl"), "training problems, one JSON object per line")
     eval_data: str = opt(str(TOY / "test.jsonl"), "held-out problems")
+    mix_data: str = opt("", "a second file of problems; those also in --data, exactly or nearly, are left out")
+    mix: float = opt(0.0, "share of each step's problems drawn from --mix_data")
     problems: int = opt(16, "problems per step")
     samples: int = opt(4, "responses per problem")
     max_new_tokens: int = opt(40, "longest response; longer ones are cut")
@@ -97,18 +113,43 @@ class Config(LossArgs):
     dtype: str = opt("auto", "of products; auto: bfloat16 on cuda, else float32. Trained weights stay float32",
                      ("auto", "float32", "bfloat16"))
     seed: int = opt(0, "fixes data order, samples and adapters")
+    report_only: bool = opt(False, "print how well teacher and student match before any step, and stop")
+    compare_teacher: str = opt("", "--report_only: a second teacher, compared with the first on the same student tokens")
     plan: bool = opt(False, "print the memory estimate and stop")
     self_check: bool = opt(False, "first make the student its own teacher: loss and gradient must be 0")
     wandb: bool = opt(False, "also log to Weights & Biases")
     tensorboard: bool = opt(False, "also log to TensorBoard, inside the run folder")
 
 
+PG = dict(divergence="policy_gradient")
+GROUPS = dict(problems=8, samples=8)        # methods that compare the responses to one problem
+SELF = dict(student=str(TOY / "self"), teacher="self", teacher_prompt="{solution}|{problem}", lr=1e-4, steps=60, eval_every=15)
+
 RECIPES = {     # name -> overrides of Config; the paper beside it
-    "opd": dict(divergence="reverse_kl"),                       # MiniLLM 2306.08543 without the long part; GKD at lmbda 1
-    "gkd": dict(divergence="jsd", lmbda=0.5),                   # GKD 2306.13649
+    "opd": dict(divergence="reverse_kl"),                       # MiniLLM 2306.08543 without its long part; GKD at lmbda 1
+    "gkd": dict(divergence="jsd", lmbda=0.5),                   # GKD 2306.13649, eq. 1 and algorithm 1
     "topk": dict(divergence="topk_reverse_kl"),                 # Rethinking OPD 2604.13016, code form of eq. 5
+    "lsm": dict(divergence="topk_reverse_kl", support="teacher", topk_form="renormalised"),     # 2603.25562, teacher top-k
     "sft": dict(divergence="cross_entropy", lmbda=0.0),         # cross-entropy on given responses
-    "grpo": dict(divergence="policy_gradient", advantage="grpo", problems=8, samples=8),    # GRPO 2402.03300: no teacher
+    "grpo": dict(advantage="grpo", **PG, **GROUPS),             # GRPO 2402.03300: no teacher
+    "minillm": dict(advantage="opd", discount=1.0, **PG),       # MiniLLM 2306.08543: return-to-go
+    "fire": dict(weight="fire", reduction="sequence", **PG),    # FiRe-OPD 2606.02684, eqs. 4-9
+    "multi": dict(teacher=f"low={TOY / 'teacher_low'},high={TOY / 'teacher_high'}", route="kind",
+                  data=str(TOY / "mixed.jsonl"), eval_data=str(TOY / "mixed_test.jsonl")),      # FiRe-OPD 2606.02684, routing
+    "opsd": dict(privileged="solution", divergence="forward_kl", entry_clip=0.05, **SELF),      # OPSD 2601.18734 v3, eq. 8, 3.2
+    "sdft": dict(privileged="solution", self_teacher="ema", skip_first=3, **SELF),              # SDFT 2601.19897
+    "sdpo": dict(privileged="sibling", self_teacher="ema", ema=0.95, divergence="topk_reverse_kl", topk_form="tail",
+                 **SELF, **GROUPS),                             # SDPO 2601.20802: sibling solution, top-k and tail
+    "sg": dict(advantage="sg", pts_weight=0.1, **PG, **GROUPS),         # SG-OPD 2606.09304: sign gate, phased sampling
+    "exopd": dict(advantage="exopd", **PG),                     # G-OPD / ExOPD 2602.12125
+    "opdvr": dict(advantage="opdvr", **PG, **GROUPS),           # OPDVR 2608.24696
+    "kdrl": dict(advantage="kdrl", **PG, **GROUPS),             # KDRL 2506.02208
+    "uni": dict(advantage="uni", **PG, **GROUPS),               # Uni-OPD 2605.03677, margin
+    "rlsd": dict(advantage="rlsd", privileged="solution", **PG, **SELF, **GROUPS),              # RLSD 2604.03128
+    "scope": dict(advantage="scope", **PG, **GROUPS),           # SCOPE 2604.10688
+    "eopd": dict(divergence="eopd", advantage="opd"),           # EOPD 2603.07079
+    "tip": dict(divergence="reverse_kl", weight="tip"),         # TIP 2604.14084
+    "reopold": dict(advantage="reopold", weight="reopold", **PG),       # REOPOLD 2603.11137
 }
 
 
@@ -138,7 +179,7 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
 
 
 # flags that say where and how a run is watched: they may change when it goes on, and no result depends on them
-NOT_THE_RUN = ("name", "runs", "fresh", "wandb", "tensorboard", "plan", "self_check")
+NOT_THE_RUN = ("name", "runs", "fresh", "wandb", "tensorboard", "plan", "self_check", "report_only", "compare_teacher")
 
 
 def run_name(cfg: Config, given: list[str]) -> str:
@@ -156,9 +197,11 @@ def check(cfg: Config) -> None:
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value}: choose from {', '.join(choices)}")
     for least, names in ((1, ("problems", "samples", "max_new_tokens", "slots", "steps", "updates", "micro_batch_tokens",
-                              "eval_k", "save_every", "topk")),
+                              "eval_k", "save_every", "topk", "pts_samples")),
                          (0, ("lora_rank", "warmup_steps", "chunk_rows", "eval_every", "eval_max_new_tokens",
-                              "eval_limit", "seed", "weight_decay", "eval_temperature", "clip"))):
+                              "eval_limit", "seed", "weight_decay", "eval_temperature", "clip", "entry_clip",
+                              "token_clip", "cold_start_steps", "pts_weight", "skip_first", "loss_first_n", "fire_alpha",
+                              "fire_beta"))):
         for name in names:
             if not getattr(cfg, name) >= least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
@@ -181,301 +224,41 @@ def check(cfg: Config) -> None:
         (0 <= cfg.skew < 1, "--skew must be at least 0 and below 1"),
         (cfg.lmbda == 1 or cfg.divergence not in losses.ON_SAMPLES_ONLY,
          f"{cfg.divergence} is only right on the student's own samples: keep --lmbda 1"),
+        *((0 <= getattr(cfg, name) <= 1, f"--{name} is a share between 0 and 1")
+          for name in ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy")),
+        (0 < cfg.reopold_share < 1, "--reopold_share must lie strictly between 0 and 1"),
         (cfg.divergence != "cross_entropy" or cfg.lmbda < 1,
          "cross_entropy on the student's own samples has zero expected gradient: lower --lmbda"),
-        (not needs_reward(cfg) or cfg.samples > 1, "grpo compares the samples of one problem: --samples must be at least 2"),
-        (not needs_teacher(cfg) or cfg.teacher != "none", f"--teacher none: recipe {cfg.recipe} needs a teacher"),
+        (not needs(cfg, "group") or cfg.samples > 1,
+         f"recipe {cfg.recipe} compares the responses to one problem: --samples must be at least 2"),
+        (not needs(cfg, "teacher") or cfg.teacher != "none", f"--teacher none: recipe {cfg.recipe} needs a teacher"),
+        (cfg.weight == "none" or cfg.lmbda == 1, f"weight {cfg.weight} reads the student's own samples: keep --lmbda 1"),
+        (cfg.privileged == "none" or cfg.teacher != "none", f"--privileged {cfg.privileged} shows it to a teacher; there is none"),
+        (cfg.privileged != "sibling" or cfg.lmbda == 1, "--privileged sibling needs the student's own samples: keep --lmbda 1"),
+        (not cfg.teacher_prompt or "{solution}" in cfg.teacher_prompt and "{problem}" in cfg.teacher_prompt,
+         "--teacher_prompt must contain {problem} and {solution}"),
+        (bool(cfg.mix_data) == (cfg.mix > 0), "--mix and --mix_data go together"),
+        (not needs(cfg, "reward") or cfg.verifier, f"recipe {cfg.recipe} needs a verifier"),
+        (0 <= cfg.pts_hold <= cfg.pts_end <= 1, "--pts_hold and --pts_end are shares of the run, the first not above the second"),
+        (not cfg.compare_teacher or cfg.report_only, "--compare_teacher belongs to --report_only"),
     ]
     for holds, message in rules:
         if not holds:
             raise UserError(message)
 
 
-def needs_reward(cfg: Config) -> bool:
-    return cfg.divergence == "policy_gradient" and cfg.advantage in losses.NEEDS_REWARD
-
-
-def needs_teacher(cfg: Config) -> bool:
-    if cfg.lmbda < 1 and cfg.responses == "teacher":
-        return True
-    if cfg.divergence == "policy_gradient":
-        return cfg.advantage in losses.ADVANTAGE_NEEDS_TEACHER
-    return cfg.divergence not in losses.NEEDS_NO_TEACHER
-
-
-# One step
-
-def pick(total: int, count: int, step: int, seed: int) -> list[int]:
-    """Indices of this step's problems: every epoch is a new permutation, and step alone decides, so a resumed run
-    sees the same order."""
-    places = range(step * count, (step + 1) * count)
-    orders = {epoch: np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(total)
-              for epoch in {place // total for place in places}}
-    return [int(orders[place // total][place % total]) for place in places]
-
-
-def signals(rollout: Rollout, group_B: Tensor, reward_B: Tensor | None, scores: Scores | None) -> Signals:
-    """The whole step as rows, before any micro-batch exists."""
-    B, T = rollout.tokens_BT.shape
-    device = rollout.tokens_BT.device
-    sequence_BT = torch.arange(B, device=device)[:, None].expand(B, T)
-    position_BT = torch.arange(T, device=device) - rollout.prompt_len_B[:, None]
-    return Signals(
-        student_N=rollout.rows(rollout.logp_BT), student_entropy_N=rollout.rows(rollout.entropy_BT),
-        sequence_N=rollout.rows(sequence_BT), position_N=rollout.rows(position_BT), length_B=rollout.length_B,
-        group_B=group_B, finished_B=rollout.finished_B, reward_B=reward_B,
-        teacher_N=scores.logp_N if scores else None, teacher_entropy_N=scores.entropy_N if scores else None)
-
-
-def row_scale(s: Signals, weight_N: Tensor, reduction: str) -> Tensor:
-    """What each row's loss is multiplied by so that the step's loss is a mean: over all rows with a weight (token), or
-    over the sequences that have one, each by its own mean (sequence). Counted over the whole step."""
-    kept_N = (weight_N > 0).to(weight_N.dtype)
-    if reduction == "token":
-        return weight_N / kept_N.sum().clamp(min=1)
-    per_sequence_B = torch.zeros_like(s.length_B, dtype=weight_N.dtype).scatter_add(0, s.sequence_N, kept_N)
-    return weight_N / (per_sequence_B[s.sequence_N].clamp(min=1) * (per_sequence_B > 0).sum().clamp(min=1))
-
-
-def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores | None, scale_N: Tensor,
-             advantage_N: Tensor | None, cfg: Config, *, vocab_size: int, chunk_rows: int) -> dict[str, Tensor]:
-    """Leaves the gradient of sum_n scale_n loss_n in .grad, the same for every micro-batch and chunk size.
-
-    Returns `loss` and, when there is a teacher, the diagnostics, each (N,) over all rows of the step.
-    """
-    for _, parameter in trainable(student):     # zeros, not None: the head's gradient is added by hand
-        parameter.grad = torch.zeros_like(parameter)
-    head = student.head_weight()
-    head_grad_VD = head.grad[:vocab_size] if head.requires_grad else None
-    head_VD = head.detach()[:vocab_size].to(student.compute_dtype)
-    token_N, per_row = rollout.rows(rollout.tokens_BT), {}
-    for tokens_bt, mask_bt, row_n in rollout.micro_batches(cfg.micro_batch_tokens):
-        batch = {"token_N": token_N[row_n], "behavior_N": s.student_N[row_n],
-                 "advantage_N": None if advantage_N is None else advantage_N[row_n]}
-        loss_n, diagnosed = losses.chunked_backward(
-            student.response_hidden(tokens_bt, mask_bt), head_VD, head_grad_VD, batch, scale_N[row_n],
-            DIVERGENCES[cfg.divergence], cfg, temperature=cfg.temperature, chunk_rows=chunk_rows,
-            teacher_hidden_NE=scores.hidden_NE[row_n] if scores else None,
-            teacher_head_VE=scores.head_VE if scores else None, diagnose=True)
-        for name, value_n in {"loss": loss_n, **diagnosed}.items():
-            per_row.setdefault(name, torch.zeros_like(scale_N))[row_n] = value_n.to(scale_N.dtype)
-    return per_row
-
-
-def update(student: Transformer, optimizer, s: Signals, scale_N: Tensor, per_row: dict[str, Tensor],
-           max_grad_norm: float) -> dict[str, float]:
-    """One optimizer step on the gradient that backward() left. Returns the step's loss, the gradient norm before
-    clipping and the mean diagnostics. A loss or gradient that is not finite moves nothing: skipped = 1."""
-    grad_norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable(student)], max_grad_norm)
-    loss = (per_row.pop("loss") * scale_N).sum()
-    finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    if finite:
-        optimizer.step()
-    return {"loss": loss.item(), "grad_norm": grad_norm.item(), "skipped": 0 if finite else 1,
-            **losses.summarise(per_row, s.position_N, s.length_B[s.sequence_N])}
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    if cfg.schedule == "constant":
-        return cfg.lr
-    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.lr * (1 + np.cos(np.pi * done)) / 2
-
-
-# Setting up: everything that can be wrong is found here, before the first step
-
-@dataclass
-class Setup:
-    """What the loop works with. actor is the student as the sampler sees it: the student itself, or a copy in the
-    dtype of the products, refreshed once per step."""
-    student: Transformer
-    actor: Transformer
-    teacher: Transformer | None
-    tokenizer: Tokenizer
-    train: list[Problem]
-    held_out: list[Problem]
-    prompts: list[list[int]]            # of train
-    given: list[list[int]] | None       # reference responses of train, when some steps learn on them
-    variables: dict                     # of the chat template
-    chunk_rows: int
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-
-def choose_device(name: str) -> torch.device:
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: there is no such device here; use --device cpu") from error
-    return torch.device(name)
-
-
-def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
-    return getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
-
-
-def parse_stop_ids(text: str, vocab_size: int) -> tuple[int, ...] | None:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in parts:
-        if not (part.isdecimal() and int(part) < vocab_size):
-            raise UserError(f"--stop_ids {text}: {part!r} is no token id; give whole numbers from 0 to {vocab_size - 1}, "
-                            f"separated by commas")
-    return tuple(dict.fromkeys(map(int, parts))) or None
-
-
-def load_problem_set(cfg: Config, tokenizer: Tokenizer, variables: dict, context: int, eval_context: int):
-    """(training problems, held-out problems, prompt ids, given responses or None), each checked against what the run
-    will ask of it."""
-    graded = needs_reward(cfg)
-    train, held_out = load_problems(cfg.data, need_answer=graded), load_problems(cfg.eval_data, need_answer=True,
-                                                                                 limit=cfg.eval_limit or None)
-    prompts = [tokenizer.prompt_ids(problem.prompt, **variables) for problem in train]
-    asked = [tokenizer.prompt_ids(problem.prompt, **variables) for problem in held_out]
-    eval_limit = ("eval_max_new_tokens", cfg.eval_max_new_tokens) if cfg.eval_max_new_tokens else (
-        "max_new_tokens", cfg.max_new_tokens)
-    for path, problems, ids, (flag, limit), longest in (
-            (cfg.data, train, prompts, ("max_new_tokens", cfg.max_new_tokens), context),
-            (cfg.eval_data, held_out, asked, eval_limit, eval_context)):
-        for problem, prompt in zip(problems, ids):
-            if len(prompt) + limit > longest:
-                raise UserError(f"{path}, line {problem.line}: a prompt of {len(prompt)} tokens plus --{flag} {limit} "
-                                f"exceed the models' context of {longest}; shorten one of them")
-    if cfg.lmbda == 1 or cfg.responses == "teacher":
-        return train, held_out, prompts, None
-    given = []
-    for problem in train:
-        if not problem.solution:
-            raise UserError(f"{cfg.data}, line {problem.line} has no solution to learn from; add a `solution` field or "
-                            f"pass --responses teacher")
-        given.append((tokenizer.encode(problem.solution) + [tokenizer.stop_ids[0]])[:cfg.max_new_tokens])
-    return train, held_out, prompts, given
-
-
-def set_up(cfg: Config) -> Setup:
-    device = choose_device(cfg.device)
-    dtype = compute_dtype(cfg, device)
-    variables = dict(template_variable(pair) for pair in cfg.template_vars.split(",") if pair)
-    folder = checkpoint_folder(cfg.student)
-    teacher_folder = None if cfg.teacher == "none" else checkpoint_folder(cfg.teacher)
-    tokenizer = Tokenizer(folder, cfg.chat_template)
-    stop_ids = parse_stop_ids(cfg.stop_ids, tokenizer.vocab_size)
-    if teacher_folder is not None:
-        check_same_tokens(tokenizer, Tokenizer(teacher_folder, cfg.chat_template), stop_ids)
-    tokenizer.stop_ids = stop_ids or tokenizer.stop_ids
-    configs = [load_config(found) for found in (folder, teacher_folder) if found is not None]
-    for found, config in zip((folder, teacher_folder), configs):
-        if config.vocab_size < tokenizer.vocab_size:
-            raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of tokenizer.json "
-                            f"end at {tokenizer.vocab_size - 1}; the two files do not belong together")
-    train, held_out, prompts, given = load_problem_set(
-        cfg, tokenizer, variables, min(config.context for config in configs),
-        min(config.context for config in (configs if cfg.eval_teacher else configs[:1])))
-    print_plan(cfg, folder, teacher_folder, max(map(len, prompts)), tokenizer.vocab_size, device, dtype)
-    if cfg.plan:
-        sys.exit(0)
-    student = load_model(folder, compute_dtype=dtype, device=device)
-    if cfg.lora_rank:
-        student.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    student.gradient_checkpointing = cfg.gradient_checkpointing
-    teacher = None if teacher_folder is None else load_model(teacher_folder, dtype=dtype, device=device)
-    if teacher is not None:
-        teacher.requires_grad_(False)
-    actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    return Setup(student, actor, teacher, tokenizer, train, held_out, prompts, given, variables,
-                 auto_chunk(cfg, tokenizer.vocab_size, device))
-
-
 # The loop
 
-def collect(cfg: Config, run: Setup, step: int) -> tuple[Rollout, list[int], bool]:
-    """This step's sequences, the problem each answers, and whether the student wrote them."""
-    chosen = pick(len(run.train), cfg.problems, step, cfg.seed)
-    prompts = [run.prompts[i] for i in chosen]
-    on_policy = np.random.Generator(np.random.Philox(key=[cfg.seed, 2**32 + step])).random() <= cfg.lmbda
-    if on_policy or cfg.responses == "teacher":
-        writer = run.actor if on_policy else run.teacher
-        rollout = generate(writer, prompts, samples=cfg.samples, max_new_tokens=cfg.max_new_tokens,
-                           stop_ids=run.tokenizer.stop_ids, temperature=cfg.temperature, slots=cfg.slots,
-                           seed=cfg.seed * 2**32 + step, vocab_size=run.vocab_size,
-                           progress="rollout" if cfg.max_new_tokens > 200 else None)
-        return rollout, [i for i in chosen for _ in range(cfg.samples)], on_policy
-    # one reference response per problem: the batch is filled with other problems instead of copies
-    chosen = pick(len(run.train), cfg.problems * cfg.samples, step, cfg.seed)
-    given = [run.given[i] for i in chosen]
-    rollout = from_responses([run.prompts[i] for i in chosen], given,
-                             [response[-1] in run.tokenizer.stop_ids for response in given], run.student.device)
-    return rollout, chosen, False
-
-
-def rewards(cfg: Config, run: Setup, rollout: Rollout, asked: list[int]) -> Tensor | None:
-    """1 for a right answer, 0 for a wrong one; None when some problem of the step has no answer to compare with."""
-    if any(run.train[i].answer is None for i in asked):
-        return None
-    right = [float(grade(run.tokenizer.decode(rollout.response(b)), run.train[i].answer, cfg.verifier))
-             for b, i in enumerate(asked)]
-    return torch.tensor(right, device=rollout.tokens_BT.device)
-
-
-def train_step(cfg: Config, run: Setup, optimizer, step: int, clock) -> dict:
-    """Roll out, score, weigh, update. Returns the step's record for metrics.jsonl."""
-    with clock("rollout"):
-        if run.actor is not run.student:
-            run.actor.refresh(run.student)
-        rollout, asked, on_policy = collect(cfg, run, step)
-        reward_B = rewards(cfg, run, rollout, asked)
-    with clock("score"):
-        scores = None if run.teacher is None else score(
-            run.teacher, rollout, vocab_size=run.vocab_size, temperature=cfg.temperature,
-            max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows)
-    group_of = {problem: group for group, problem in enumerate(dict.fromkeys(asked))}
-    s = signals(rollout, torch.tensor([group_of[i] for i in asked], device=run.student.device), reward_B, scores)
-    advantage_N = ADVANTAGES[cfg.advantage](s, cfg) if cfg.divergence == "policy_gradient" else None
-    weight_N = WEIGHTS[cfg.weight](s, cfg)
-    scale_N = row_scale(s, weight_N, cfg.reduction)
-    with clock("update"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        for _ in range(cfg.updates):
-            per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg,
-                               vocab_size=run.vocab_size, chunk_rows=run.chunk_rows)
-            metrics = update(run.student, optimizer, s, scale_N, per_row, cfg.max_grad_norm)
-    repeat_N = [x for b in range(len(asked)) for x in losses.repeats(rollout.response(b))]
-    extra = {"repetition_rate": torch.tensor(repeat_N, device=run.student.device)}
-    if on_policy:
-        extra["sampled_entropy"] = s.student_entropy_N
-    return {**metrics, **losses.summarise(extra, s.position_N, s.length_B[s.sequence_N]),
-            "reward": reward_B.mean().item() if reward_B is not None else float("nan"),
-            "mean_length": s.length_B.double().mean().item(),
-            "truncation_rate": 1 - s.finished_B.double().mean().item(),
-            "on_policy": int(on_policy), "lr": learning_rate(step, cfg), "tokens": int(s.length_B.sum())}
-
-
-def self_check(cfg: Config, run: Setup) -> None:
-    """The student as its own teacher is a fixed point: the loss and its gradient must vanish."""
-    rollout, _, _ = collect(replace(cfg, lmbda=1.0), run, 0)
-    scores = score(run.student, rollout, vocab_size=run.vocab_size, temperature=cfg.temperature,
-                   max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows)
-    s = signals(rollout, torch.arange(len(rollout.length_B), device=run.student.device), None, scores)
-    advantage_N = losses.opd_advantage(s, cfg) if cfg.divergence == "policy_gradient" else None
-    scale_N = row_scale(s, torch.ones_like(s.student_N), cfg.reduction)
-    per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, vocab_size=run.vocab_size,
-                       chunk_rows=run.chunk_rows)
-    norm = torch.stack([p.grad.norm() for _, p in trainable(run.student)]).norm().item()
-    kl = per_row["reverse_kl"].abs().max().item()
-    gap = (scores.logp_N - s.student_N).abs().mean().item()
-    print(f"check   student as its own teacher: largest token KL {kl:.1e}, gradient norm {norm:.1e}, sampler off by "
-          f"{gap:.1e} nats per token (all should be 0)")
-    # decoding and scoring multiply in different orders: bfloat16 leaves 1e-2 nats between them, float32 1e-6
-    exact = run.student.compute_dtype == torch.float32
-    small = 1e-3 if exact or cfg.divergence != "policy_gradient" else 0.1
-    gradient_ok = norm < small or cfg.divergence == "cross_entropy"
-    if not (kl < 1e-3 and gap < (1e-3 if exact else 0.1) and gradient_ok):
-        raise UserError("--self_check failed: the student differs from itself; sampler, scoring and training disagree")
+def test_teachers(cfg: Config, run: Setup) -> dict:
+    """Held-out metrics of the teacher; of several, each on the problems routed to it."""
+    if len(run.teachers) == 1:
+        return test(cfg, run, run.teachers[0], "teacher")[0]
+    samples: list[dict] = []
+    for tag, model in zip(parse_teachers(cfg), run.teachers):
+        part = replace(run, held_out=[p for p in run.held_out if p.fields.get(cfg.route) == tag])
+        if part.held_out:
+            samples += test(cfg, part, model, f"teacher {tag}")[1]
+    return metrics_of(samples, cfg.eval_k, cfg.verifier)
 
 
 def step_line(step: int, cfg: Config, m: dict) -> str:
@@ -486,19 +269,6 @@ def step_line(step: int, cfg: Config, m: dict) -> str:
     parts = [f"{label} {m[key]:{form}}" for label, key, form in shown if not np.isnan(m.get(key, np.nan))]
     skipped = "  SKIPPED: loss or gradient not finite" if m["skipped"] else ""
     return f"step {step:>{len(str(cfg.steps))}}/{cfg.steps}  {'  '.join(parts)}{skipped}"
-
-
-class Clock:
-    """Seconds by phase: `with clock("rollout"): ...`. On a GPU the phases end where the host reads a result."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 @contextmanager
@@ -535,7 +305,7 @@ def trackers(cfg: Config, folder: RunFolder) -> list:
     return found
 
 
-def test(cfg: Config, run: Setup, model: Transformer, label: str) -> tuple[dict, list[dict]]:
+def test(cfg: Config, run: Setup, model, label: str) -> tuple[dict, list[dict]]:
     """Held-out metrics and answers of a model. The same seed every time, so that curves share their noise."""
     return evaluate(model, run.tokenizer, run.held_out, k=cfg.eval_k, temperature=cfg.eval_temperature,
                     max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, seed=10**9 + cfg.seed,
@@ -563,7 +333,8 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
     optimizer = torch.optim.AdamW([p for _, p in trainable(run.student)], lr=cfg.lr, betas=(0.9, 0.999),
                                   weight_decay=cfg.weight_decay)
     started, track = time.perf_counter(), trackers(cfg, folder)
-    state = folder.resume(run.student, optimizer)
+    state = folder.resume(run.student, optimizer, run.average)
+    written = teacher_responses(cfg, run, folder)
     if state:
         print(f"resume  {folder.path} from step {state['step']}")
     else:
@@ -572,7 +343,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
         before, samples = test(cfg, run, run.actor, "student before")
         folder.write_samples(0, samples)
         print(test_line("before ", cfg, before))
-        teacher = test(cfg, run, run.teacher, "teacher")[0] if run.teacher is not None and cfg.eval_teacher else None
+        teacher = test_teachers(cfg, run) if run.teachers and cfg.eval_teacher and cfg.teacher != "self" else None
         if teacher:
             print(test_line("teacher", cfg, teacher))
         state = {"step": 0, "before": before, "teacher": teacher, "best": -1.0, "seconds": 0.0, "skipped": 0,
@@ -584,7 +355,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
         while state["step"] < cfg.steps:
             clock = Clock()
             with clock("seconds"):
-                record = train_step(cfg, run, optimizer, state["step"], clock)
+                record = train_step(cfg, run, optimizer, state["step"], written, clock)
             step = state["step"] = state["step"] + 1
             record |= {"seconds": clock.seconds.pop("seconds"), **{f"{k}_seconds": v for k, v in clock.seconds.items()}}
             state["tokens"] += record["tokens"] * record["on_policy"]
@@ -604,7 +375,8 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
             stop = bool(stopped)        # asked once: a signal between two looks would leave without saving
             if due or stop or step % cfg.save_every == 0:
                 state["seconds"] = seconds_before + time.perf_counter() - started
-                folder.save(step, run.student, run.tokenizer, optimizer, state, best=state.get("best_step") == step)
+                folder.save(step, run.student, run.tokenizer, optimizer, state, best=state.get("best_step") == step,
+                            average=run.average)
             if stop and step < cfg.steps:
                 tqdm.write(f"stopped after step {step}; the same command goes on from there")
                 return 128 + stopped[0]
@@ -660,6 +432,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         torch.manual_seed(cfg.seed)     # nothing draws from the global stream; if a fork does, it is at least fixed
         run = set_up(cfg)
+        if cfg.report_only:
+            return report(cfg, run)
         return train(cfg, RunFolder(path, lasting, cfg.fresh), run)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -1,0 +1,209 @@
+"""Prepare: everything a run needs, found and checked before the first step.
+
+Place in the loop: before it. Models, tokenizers, problems and prompts are loaded here; whatever is wrong with them is one
+sentence here, before any GPU time is spent. Not here: what a flag means (train.py).
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from credit import NEEDS
+from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
+from eval import Problem, load_problems, template_variable
+from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
+from memory import auto_chunk, print_plan
+from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model
+from teacher import check_same_tokens
+from tokenizer import Tokenizer, UserError
+
+
+def needs(cfg, what: str) -> bool:
+    """Does this configuration look at `what`: teacher, reward, group (of samples), reference, kl?"""
+    entries = {cfg.weight} | ({cfg.advantage} if cfg.divergence in USES_ADVANTAGE else set())
+    if what == "reference" and cfg.advantage == "sg" and cfg.sg_form == "scale":
+        return False
+    found = bool(entries & set(NEEDS[what]))
+    if what == "teacher":
+        found |= cfg.divergence not in NEEDS_NO_TEACHER or cfg.lmbda < 1 and cfg.responses == "teacher"
+        found |= bool(cfg.cold_start_steps or cfg.pts_weight)
+    if what in ("reward", "group"):
+        found |= cfg.privileged == "sibling"
+    return found or what == "reward" and cfg.pts_weight > 0
+
+
+@dataclass
+class Setup:
+    """What the loop works with. actor is the student as the sampler sees it: the student itself, or a copy in the
+    dtype of the products, refreshed once per step."""
+    student: Transformer
+    actor: Transformer
+    teachers: list[Transformer]         # [] without a teacher; [student] when it is its own (adapters off, or live)
+    teacher_of: list[int]               # which of them scores a training problem
+    adapters_off: bool                  # the self-teacher is the student without its adapters: the initial policy
+    average: Transformer | None         # the self-teacher that follows the student slowly
+    reference: Transformer | None       # for advantages that compare with the initial student
+    tokenizer: Tokenizer
+    train: list[Problem]                # those of --data, then those of --mix_data
+    first: int                          # how many of them come from --data
+    held_out: list[Problem]
+    prompts: list[list[int]]            # of train, as the student reads them
+    privileged: list[list[int]] | None  # of train, as a teacher that is shown the solution reads them
+    given: list[list[int]] | None       # reference responses of train, when some steps learn on them
+    variables: dict                     # of the chat template; teacher_variables likewise
+    teacher_variables: dict
+    chunk_rows: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+
+def choose_device(name: str) -> torch.device:
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: there is no such device here; use --device cpu") from error
+    return torch.device(name)
+
+
+def compute_dtype(cfg, device: torch.device) -> torch.dtype:
+    return getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+
+
+def parse_ids(flag: str, text: str, vocab_size: int) -> tuple[int, ...] | None:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not (part.isdecimal() and int(part) < vocab_size):
+            raise UserError(f"--{flag} {text}: {part!r} is no token id; give whole numbers from 0 to {vocab_size - 1}, "
+                            f"separated by commas")
+    return tuple(dict.fromkeys(map(int, parts))) or None
+
+
+def parse_teachers(cfg) -> dict[str, Path]:
+    """{"": folder} for one teacher, {tag: folder} for `tag=folder,tag=folder`, {} for none and self."""
+    if cfg.teacher in ("none", "self"):
+        return {}
+    if Path(cfg.teacher).expanduser().is_dir() or "=" not in cfg.teacher:
+        return {"": checkpoint_folder(cfg.teacher)}
+    pairs = [part.partition("=") for part in cfg.teacher.split(",")]
+    if bad := [tag for tag, _, folder in pairs if not tag or not folder]:
+        raise UserError(f"--teacher {cfg.teacher}: {bad[0]!r} is no tag=folder pair")
+    return {tag: checkpoint_folder(folder) for tag, _, folder in pairs}
+
+
+def route(cfg, tags: list[str], train: list[Problem]) -> list[int]:
+    """Which teacher scores each problem. With several, the problem's --route field has to name one."""
+    if tags in ([], [""]):
+        return [0] * len(train)
+    for problem in train:
+        if problem.fields.get(cfg.route) not in tags:
+            raise UserError(f"{cfg.data}, line {problem.line}: {cfg.route} is {problem.fields.get(cfg.route)!r}, which names no "
+                            f"teacher; --teacher knows {', '.join(tags)}")
+    return [tags.index(problem.fields[cfg.route]) for problem in train]
+
+
+def load_train(cfg) -> tuple[list[Problem], int]:
+    """The problems of --data, then those of --mix_data that are not among them already, exactly or nearly."""
+    train = load_problems(cfg.data, need_answer=needs(cfg, "reward"))
+    if not cfg.mix_data:
+        return train, len(train)
+    others = load_problems(cfg.mix_data, need_answer=needs(cfg, "reward"))
+    known = near_duplicates(others, train)
+    others = [problem for i, problem in enumerate(others) if i not in known]
+    if not others:
+        raise UserError(f"{cfg.mix_data}: every problem is also in {cfg.data}; choose another --mix_data")
+    print(f"data    {len(train)} problems of {cfg.data}, {len(others)} of {cfg.mix_data} ({len(known)} duplicates left out)")
+    return train + others, len(train)
+
+
+def check_lengths(path: str, problems: list[Problem], ids: list[list[int]], flag: str, limit: int, context: int,
+                  reader: str) -> None:
+    for problem, prompt in zip(problems, ids):
+        if len(prompt) + limit > context:
+            raise UserError(f"{path}, line {problem.line}: the {reader}'s prompt of {len(prompt)} tokens plus --{flag} {limit} "
+                            f"exceed the context of {context}; nothing is cut silently: shorten one of them or drop the problem")
+
+
+def solutions(cfg, train: list[Problem], why: str) -> list[str]:
+    for problem in train:
+        if not problem.solution:
+            raise UserError(f"{cfg.data}, line {problem.line} has no solution {why}; add a `solution` field")
+    return [problem.solution for problem in train]
+
+
+def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transformer, dtype, device):
+    """(models that score, the running average or None, whether to switch the student's adapters off while scoring)."""
+    if cfg.teacher != "self":
+        return [load_model(found, dtype=dtype, device=device).requires_grad_(False) for found in folders.values()], None, False
+    if cfg.self_teacher == "ema":
+        average = load_model(folder, compute_dtype=dtype, device=device).requires_grad_(False)
+        return [average], average, False
+    if cfg.self_teacher == "initial" and not cfg.lora_rank:     # full fine-tuning: the initial policy needs its own copy
+        return [load_model(folder, dtype=dtype, device=device).requires_grad_(False)], None, False
+    return [student], None, cfg.self_teacher == "initial"
+
+
+def set_up(cfg) -> Setup:
+    device = choose_device(cfg.device)
+    dtype = compute_dtype(cfg, device)
+    variables, teacher_variables = (dict(template_variable(pair) for pair in text.split(",") if pair)
+                                    for text in (cfg.template_vars, cfg.teacher_template_vars or cfg.template_vars))
+    folder, teachers = checkpoint_folder(cfg.student), parse_teachers(cfg)
+    tokenizer = Tokenizer(folder, cfg.chat_template)
+    stop_ids = parse_ids("stop_ids", cfg.stop_ids, tokenizer.vocab_size)
+    parse_ids("skip_tokens", cfg.skip_tokens, tokenizer.vocab_size)
+    for found in teachers.values():
+        check_same_tokens(tokenizer, Tokenizer(found, cfg.chat_template), stop_ids)
+    tokenizer.stop_ids = stop_ids or tokenizer.stop_ids
+    configs = [load_config(found) for found in (folder, *teachers.values())]
+    for found, config in zip((folder, *teachers.values()), configs):
+        if config.vocab_size < tokenizer.vocab_size:
+            raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of tokenizer.json "
+                            f"end at {tokenizer.vocab_size - 1}; the two files do not belong together")
+    context = min(config.context for config in configs)
+    train, first = load_train(cfg)
+    held_out = load_problems(cfg.eval_data, need_answer=True, limit=cfg.eval_limit or None)
+    prompts = [tokenizer.prompt_ids(problem.prompt, **variables) for problem in train]
+    check_lengths(cfg.data, train, prompts, "max_new_tokens", cfg.max_new_tokens, context, "student")
+    flag = "eval_max_new_tokens" if cfg.eval_max_new_tokens else "max_new_tokens"
+    check_lengths(cfg.eval_data, held_out, [tokenizer.prompt_ids(problem.prompt, **variables) for problem in held_out], flag,
+                  getattr(cfg, flag), context if cfg.eval_teacher else configs[0].context, "student")
+    privileged = given = None
+    if cfg.privileged == "solution":
+        shown = solutions(cfg, train, "to show the teacher (--privileged solution)")
+        template = cfg.teacher_prompt or SHOWN_SOLUTION
+        privileged = [tokenizer.prompt_ids(privileged_prompt(problem.prompt, text, template), **teacher_variables)
+                      for problem, text in zip(train, shown)]
+        check_lengths(cfg.data, train, privileged, "max_new_tokens", cfg.max_new_tokens, context, "teacher")
+    if cfg.lmbda < 1 and cfg.responses == "solution":
+        texts = solutions(cfg, train, "to learn from; or pass --responses teacher")
+        given = [(tokenizer.encode(text) + [tokenizer.stop_ids[0]])[:cfg.max_new_tokens] for text in texts]
+    teacher_of = route(cfg, list(teachers), train)
+
+    extra: list[ModelConfig] = configs[1:] or configs[:1] * (cfg.teacher == "self" and not
+                                                             (cfg.lora_rank and cfg.self_teacher != "ema"))
+    reference_folder = checkpoint_folder(cfg.reference) if cfg.reference else folder
+    own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
+    print_plan(cfg, configs[0], extra + [load_config(reference_folder)] * bool(own_reference),
+               max(map(len, privileged or prompts)), tokenizer.vocab_size, device, dtype)
+    if cfg.plan:
+        sys.exit(0)
+    student = load_model(folder, compute_dtype=dtype, device=device)
+    if cfg.lora_rank:
+        student.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    student.gradient_checkpointing = cfg.gradient_checkpointing
+    models, average, adapters_off = load_teachers(cfg, teachers, folder, student, dtype, device)
+    reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False) if own_reference else None
+    actor = student if dtype == torch.float32 else student.copy_as(dtype)
+    return Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, train, first, held_out,
+                 prompts, privileged, given, variables, teacher_variables, auto_chunk(cfg, tokenizer.vocab_size, device))
+
+
+def load_other(cfg, run: Setup) -> Transformer:
+    """The model of --compare_teacher, checked like a teacher."""
+    folder = checkpoint_folder(cfg.compare_teacher)
+    check_same_tokens(run.tokenizer, Tokenizer(folder, cfg.chat_template), run.tokenizer.stop_ids)
+    return load_model(folder, dtype=run.student.compute_dtype, device=run.student.device).requires_grad_(False)

@@ -1,0 +1,64 @@
+"""Report: what can be said before the first step: do student and teacher match, does the loop vanish at its fixed point?
+
+Place in the loop: before it, on request (--report_only, --self_check).
+"""
+from dataclasses import replace
+
+import torch
+
+import credit
+import losses
+from checkpoint import trainable
+from prepare import Setup, load_other
+from step import Clock, collect, look, read
+from teacher import disagreement
+from tokenizer import UserError
+from update import backward, row_scale, signals
+
+
+def self_check(cfg, run: Setup) -> None:
+    """The student as its own teacher is a fixed point: the loss and its gradient must vanish."""
+    cfg = replace(cfg, lmbda=1.0, cold_start_steps=0)
+    rollout, _, _ = collect(cfg, run, 0, {})
+    scores = read(cfg, run, [run.student], rollout)
+    s = signals(rollout, torch.arange(len(rollout.length_B), device=run.student.device), None, scores)
+    advantage_N = credit.opd(s, cfg) if cfg.divergence in losses.USES_ADVANTAGE else None
+    scale_N = row_scale(s, torch.ones_like(s.student_N), cfg.reduction)
+    per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, vocab_size=run.vocab_size,
+                       chunk_rows=run.chunk_rows)
+    norm = torch.stack([p.grad.norm() for _, p in trainable(run.student)]).norm().item()
+    kl = per_row["reverse_kl"].abs().max().item()
+    gap = (scores.logp_N - s.student_N).abs().mean().item()
+    print(f"check   student as its own teacher: largest token KL {kl:.1e}, gradient norm {norm:.1e}, sampler off by "
+          f"{gap:.1e} nats per token (all should be 0)")
+    # decoding and scoring multiply in different orders: bfloat16 leaves 1e-2 nats between them, float32 1e-6
+    exact = run.student.compute_dtype == torch.float32
+    small = 1e-3 if exact or cfg.divergence not in losses.USES_ADVANTAGE else 0.1
+    gradient_ok = norm < small or cfg.divergence in ("cross_entropy", "eopd", "topk_forward_kl")
+    if not (kl < 1e-3 and gap < (1e-3 if exact else 0.1) and gradient_ok):
+        raise UserError("--self_check failed: the student differs from itself; sampler, scoring and training disagree")
+
+
+def report(cfg, run: Setup) -> int:
+    """Compatibility before any step (Rethinking OPD, arXiv:2604.13016, section 2.3): do student and teacher think alike on
+    the student's own tokens? Overlap near 1 and KL near 0: nothing to learn; low overlap mass: another pattern, try
+    --cold_start_steps; in between is where OPD works. No number alone decides."""
+    if not run.teachers:
+        raise UserError("--report_only compares the student with a teacher; there is none")
+    cfg = replace(cfg, lmbda=1.0, cold_start_steps=0)
+    rollout, s, scores, _, asked, _ = look(cfg, run, 0, {}, Clock())
+    settings = dict(temperature=cfg.temperature, chunk_rows=run.chunk_rows)
+    tables = {"student and teacher": disagreement(read(cfg, run, [run.student], rollout), scores, **settings)}
+    if cfg.compare_teacher:
+        other = read(cfg, run, [load_other(cfg, run)], rollout)
+        tables["first teacher (as `teacher`) and --compare_teacher (as `student`)"] = disagreement(other, scores, **settings)
+    for title, per_row in tables.items():
+        found = losses.summarise(per_row, s.position_N, s.length_B[s.sequence_N])
+        print(f"\n{title}, {len(s.student_N)} tokens of {len(asked)} responses\n"
+              f"{'':24}{'all':>9}{'1st':>9}{'2nd':>9}{'3rd':>9}{'4th quarter':>13}")
+        for name in per_row:
+            cells = [found[name], *(found[f"{name}/q{quarter}"] for quarter in range(1, 5))]
+            print(f"{name:24}" + "".join(f"{cell:9.4f}" for cell in cells[:4]) + f"{cells[4]:13.4f}")
+    print(f"\nmean length {s.length_B.double().mean():.1f}, cut {1 - s.finished_B.double().mean():.0%}"
+          + ("" if s.reward_B is None else f", right {s.reward_B.mean():.0%}"))
+    return 0

@@ -1,0 +1,247 @@
+"""Step: one turn of the loop. Ask, write, read, weigh, move.
+
+Place in the loop: all of it once; train.py repeats it. (seed, step) alone decide what happens, never a stream that was left
+somewhere, so a resumed run does the same.
+
+    collect          which problems, and who writes the responses: the student, the data, or the teacher
+    teacher_reads    what the teachers see: the student's prompt, or one that shows a solution
+    look             rollout, rewards, scores, signals: everything before the update
+    train_step       advantage and weight from credit.py, one backward pass, one optimizer step
+"""
+import json
+import math
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import credit
+import losses
+from checkpoint import RunFolder, write_text
+from credit import ADVANTAGES, WEIGHTS
+from data import degenerate, pick, pick_mixed, privileged_prompt
+from eval import grade
+from prepare import Setup, needs
+from rollout import Rollout, from_responses, generate
+from teacher import Scores, disagreement, score, update_average
+from tokenizer import UserError
+from update import backward, row_scale, signals, update
+
+
+def learning_rate(step: int, cfg) -> float:
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "constant":
+        return cfg.lr
+    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return cfg.lr * (1 + np.cos(np.pi * done)) / 2
+
+
+class Clock:
+    """Seconds by phase: `with clock("rollout"): ...`. On a GPU the phases end where the host reads a result."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def random_of(*key: int) -> np.random.Generator:
+    """A stream that (seed, purpose, step) alone decides, so a resumed run draws the same."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollout, list[int], bool]:
+    """This step's sequences, the problem each answers, and whether the student wrote them."""
+    def ask(count: int) -> list[int]:
+        if not cfg.mix:
+            return pick(len(run.train), count, step, cfg.seed)
+        return pick_mixed(run.first, len(run.train) - run.first, cfg.mix, count, step, cfg.seed)
+    def given(chosen: list[int], responses: list[list[int]]) -> tuple[Rollout, list[int], bool]:
+        ended = [response[-1] in run.tokenizer.stop_ids for response in responses]
+        return from_responses([run.prompts[i] for i in chosen], responses, ended, run.student.device), chosen, False
+    if step < cfg.cold_start_steps:
+        pool = sorted(written)
+        chosen = [pool[i] for i in pick(len(pool), cfg.problems * cfg.samples, step, cfg.seed)]
+        rng = random_of(cfg.seed, 1, step)
+        return given(chosen, [written[i][rng.integers(len(written[i]))] for i in chosen])
+    on_policy = random_of(cfg.seed, 2, step).random() <= cfg.lmbda
+    if not on_policy and cfg.responses == "solution":   # one reference each: the batch is filled with other problems
+        chosen = ask(cfg.problems * cfg.samples)
+        return given(chosen, [run.given[i] for i in chosen])
+    chosen = ask(cfg.problems)
+    rollout = write(cfg, run, run.actor if on_policy else run.teachers[0], [run.prompts[i] for i in chosen], cfg.samples,
+                    cfg.seed * 2**32 + step)
+    return rollout, [i for i in chosen for _ in range(cfg.samples)], on_policy
+
+
+def write(cfg, run: Setup, model, prompts: list[list[int]], samples: int, seed: int) -> Rollout:
+    return generate(model, prompts, samples=samples, max_new_tokens=cfg.max_new_tokens, stop_ids=run.tokenizer.stop_ids,
+                    temperature=cfg.temperature, slots=cfg.slots, seed=seed, vocab_size=run.vocab_size,
+                    progress="rollout" if cfg.max_new_tokens > 200 else None)
+
+
+def right(cfg, run: Setup, problem: int, text: str) -> bool:
+    return grade(text, run.train[problem].answer, cfg.verifier)
+
+
+def rewards(cfg, run: Setup, texts: list[str], asked: list[int]) -> Tensor | None:
+    """1 for a right answer, 0 for a wrong one; None when some problem of the step has no answer to compare with."""
+    if any(run.train[i].answer is None for i in asked):
+        return None
+    return torch.tensor([float(right(cfg, run, i, text)) for i, text in zip(asked, texts)], device=run.student.device)
+
+
+def teacher_reads(cfg, run: Setup, rollout: Rollout, asked: list[int], texts: list[str], reward_B: Tensor | None,
+                  step: int) -> tuple[Rollout, Tensor]:
+    """(the sequences as the teachers read them, which of them it makes sense to learn from).
+
+    sibling: the solution shown is a right, finished response of another sample to the same problem, drawn at random (the
+    shortest one collapses training); a sample without such a sibling is not learned from.  SDPO, arXiv:2601.20802.
+    """
+    usable_B = torch.ones(len(asked), device=run.student.device)
+    if cfg.privileged == "none":
+        return rollout, usable_B
+    if cfg.privileged == "solution":
+        return rollout.with_prompts([run.privileged[i] for i in asked]), usable_B
+    good = [b for b, finished in enumerate(rollout.finished_B.tolist()) if finished and reward_B[b] > 0]
+    rng, prompts = random_of(cfg.seed, 3, step), []
+    for b, i in enumerate(asked):
+        siblings = [c for c in good if asked[c] == i and c != b]
+        if not siblings:
+            usable_B[b] = 0.0
+            prompts.append(run.prompts[i])
+            continue
+        shown = privileged_prompt(run.train[i].prompt, texts[siblings[rng.integers(len(siblings))]], cfg.teacher_prompt)
+        prompts.append(run.tokenizer.prompt_ids(shown, **run.teacher_variables))
+    return rollout.with_prompts(prompts), usable_B
+
+
+def read(cfg, run: Setup, models: list, rollout: Rollout, teacher_B: Tensor | None = None) -> Scores:
+    """score() with this run's settings."""
+    if teacher_B is None:
+        teacher_B = torch.zeros(len(rollout.length_B), dtype=torch.int64, device=run.student.device)
+    return score(models, rollout, teacher_B, vocab_size=run.vocab_size, temperature=cfg.temperature,
+                 max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows)
+
+
+def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
+    """Everything before the update: (rollout, signals, scores, which sequences count, problems asked, on policy?)."""
+    with clock("rollout"):
+        if run.actor is not run.student:
+            run.actor.refresh(run.student)
+        rollout, asked, on_policy = collect(cfg, run, step, written)
+        texts = [run.tokenizer.decode(rollout.response(b)) for b in range(len(asked))]
+        reward_B = rewards(cfg, run, texts, asked)
+    with clock("score"):
+        scores, more = None, {}
+        seen, usable_B = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
+        if run.teachers:
+            with run.student.lora_off() if run.adapters_off else nullcontext():
+                scores = read(cfg, run, run.teachers, seen,
+                              torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device))
+        if needs(cfg, "reference"):
+            with nullcontext() if run.reference else run.student.lora_off():
+                more["reference_N"] = read(cfg, run, [run.reference or run.student], rollout).logp_N
+        if needs(cfg, "kl"):
+            more["kl_N"] = disagreement(read(cfg, run, [run.student], rollout), scores, temperature=cfg.temperature,
+                                        chunk_rows=run.chunk_rows)["reverse_kl"]
+    group_of = {problem: group for group, problem in enumerate(dict.fromkeys(asked))}
+    s = signals(rollout, torch.tensor([group_of[i] for i in asked], device=run.student.device), reward_B, scores,
+                progress=step / cfg.steps, seed=cfg.seed * 2**32 + step, **more)
+    return rollout, s, scores, usable_B, asked, on_policy
+
+
+def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], clock) -> dict:
+    """Roll out, score, weigh, update. Returns the step's record for metrics.jsonl."""
+    if step < cfg.cold_start_steps:
+        cfg = replace(cfg, divergence="cross_entropy", weight="none", pts_weight=0.0)
+    rollout, s, scores, usable_B, asked, on_policy = look(cfg, run, step, written, clock)
+    advantage_N = ADVANTAGES[cfg.advantage](s, cfg) if cfg.divergence in losses.USES_ADVANTAGE else None
+    weight_N = WEIGHTS[cfg.weight](s, cfg) * credit.supervised(s, cfg) * usable_B[s.sequence_N]
+    scale_N = row_scale(s, weight_N, cfg.reduction)
+    sizes = dict(vocab_size=run.vocab_size, chunk_rows=run.chunk_rows)
+    with clock("update"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        for _ in range(cfg.updates):
+            per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, **sizes)
+            extra = teacher_sampling(cfg, run, asked, step, written, sizes)
+            metrics = update(run.student, optimizer, s, scale_N, per_row, cfg.max_grad_norm) | extra
+        if run.average is not None:
+            update_average(run.average, run.student, cfg.ema)
+    repeat_N = [x for b in range(len(asked)) for x in losses.repeats(rollout.response(b))]
+    more = {"repetition_rate": torch.tensor(repeat_N, device=run.student.device), "weight": weight_N}
+    if on_policy:
+        more["sampled_entropy"] = s.student_entropy_N
+    if advantage_N is not None:
+        more["advantage"] = advantage_N
+    return {**metrics, **losses.summarise(more, s.position_N, s.length_B[s.sequence_N]),
+            "kept": (weight_N > 0).double().mean().item(),
+            "reward": s.reward_B.mean().item() if s.reward_B is not None else float("nan"),
+            "mean_length": s.length_B.double().mean().item(),
+            "truncation_rate": 1 - s.finished_B.double().mean().item(),
+            "on_policy": int(on_policy), "lr": learning_rate(step, cfg), "tokens": int(s.length_B.sum())}
+
+
+# Responses the teacher wrote
+
+def phased_weight(progress: float, cfg) -> float:
+    """Constant, then a cosine down to 0, then 0.  SG-OPD, arXiv:2606.09304 (phase boundaries are ours)."""
+    if progress < cfg.pts_hold:
+        return cfg.pts_weight
+    if progress >= cfg.pts_end:
+        return 0.0
+    return cfg.pts_weight * (1 + math.cos(math.pi * (progress - cfg.pts_hold) / (cfg.pts_end - cfg.pts_hold))) / 2
+
+
+def teacher_sampling(cfg, run: Setup, asked: list[int], step: int, written: dict[int, list], sizes: dict) -> dict:
+    """Adds the gradient of phased_weight times the cross-entropy of one verified teacher response per problem of the step
+    that has one. They never enter the group statistics."""
+    weight = phased_weight(step / cfg.steps, cfg)
+    chosen = [i for i in dict.fromkeys(asked) if written.get(i)]
+    if not weight or not chosen:
+        return {}
+    rng = random_of(cfg.seed, 4, step)
+    responses = [written[i][rng.integers(len(written[i]))] for i in chosen]
+    rollout = from_responses([run.prompts[i] for i in chosen], responses, [True] * len(chosen), run.student.device)
+    s = signals(rollout, torch.arange(len(chosen), device=run.student.device))
+    scale_N = torch.full_like(s.student_N, weight / len(s.student_N))
+    loss_N = backward(run.student, rollout, s, None, scale_N, None, cfg, divergence="cross_entropy", add=True, **sizes)["loss"]
+    return {"teacher_cross_entropy": loss_N.mean().item(), "teacher_weight": weight}
+
+
+def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
+    """problem -> responses its teacher wrote, once per run and kept in the run folder: finished, not running in circles,
+    and right where there is an answer.  Cold start: Rethinking OPD, arXiv:2604.13016, section 5.1; SG-OPD's teacher rollouts."""
+    path = folder.path / "teacher_responses.json"
+    if not (cfg.cold_start_steps or cfg.pts_weight):
+        return {}
+    if not path.exists():
+        wanted: dict[int, None] = {}
+        for step in range(math.ceil(cfg.pts_end * cfg.steps) if cfg.pts_weight else 0):
+            wanted |= dict.fromkeys(pick(len(run.train), cfg.problems, step, cfg.seed))
+        cold = pick(len(run.train), min(len(run.train), cfg.cold_start_steps * cfg.problems * cfg.samples), 0, cfg.seed)
+        kept: dict[int, list] = {}
+        for number, model in enumerate(run.teachers):
+            ours = [i for i in {**wanted, **dict.fromkeys(cold)} if run.teacher_of[i] == number]
+            shown = run.privileged or run.prompts
+            rollout = write(cfg, run, model, [shown[i] for i in ours], cfg.pts_samples, cfg.seed * 2**32 + 2**31 + number)
+            for b, finished in enumerate(rollout.finished_B.tolist()):
+                i, response = ours[b // cfg.pts_samples], rollout.response(b)
+                text = run.tokenizer.decode(response)
+                if finished and not degenerate(text) and (run.train[i].answer is None or right(cfg, run, i, text)):
+                    kept.setdefault(i, []).append(response)
+        if not kept:
+            raise UserError("no response of the teacher passed the filter (finished, no repetition, right answer); raise "
+                            "--max_new_tokens or leave out --cold_start_steps and --pts_weight")
+        write_text(path, json.dumps(kept))
+        print(f"teacher wrote {sum(map(len, kept.values()))} usable responses to {len(kept)} problems")
+    return {int(i): responses for i, responses in json.loads(path.read_text()).items()}
