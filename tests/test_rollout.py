@@ -400,3 +400,29 @@ def test_written_and_given_rollouts_agree():
     given = from_responses(prompts, texts(rollout), finished, "cpu")
     assert same(rollout, given) and torch.equal(rollout.prompt_len_B, given.prompt_len_B)
     assert torch.equal(rollout.finished_B, given.finished_B)
+
+
+def test_other_prompts_leave_the_rows_as_they_are():
+    """fails if: with_prompts() keeps the old prompt lengths, or takes whole rows without the mask."""
+    rollout = write(small())
+    other = rollout.with_prompts([[9] * (1 + b % 4) for b in range(len(rollout.tokens_BT))])
+    for field in ("tokens_BT", "logp_BT", "entropy_BT"):
+        assert torch.equal(other.rows(getattr(other, field)), rollout.rows(getattr(rollout, field))), field
+    assert other.prompt_len_B.tolist() == [1 + b % 4 for b in range(21)] and texts(other) == texts(rollout)
+    assert torch.equal(other.finished_B, rollout.finished_B)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 200, 10 ** 6])
+@pytest.mark.parametrize("chosen", [None, [0, 5, 20], []])
+def test_micro_batches_hold_every_chosen_row_once(max_tokens, chosen):
+    """fails if: micro_batches() forgets the last group, lets one outgrow max_tokens, or renumbers rows."""
+    rollout = write(small())
+    number_BT = torch.full(rollout.mask_BT.shape, -1).masked_scatter(rollout.mask_BT, torch.arange(1000))
+    sequence_b = None if chosen is None else torch.tensor(chosen, dtype=torch.int64)
+    wanted = number_BT if chosen is None else number_BT[sequence_b]
+    seen, tokens_N = [], rollout.rows(rollout.tokens_BT)
+    for tokens_bt, mask_bt, row_n in rollout.micro_batches(max_tokens, sequence_b):
+        assert torch.equal(tokens_bt[mask_bt], tokens_N[row_n])
+        assert tokens_bt.numel() <= max_tokens or len(tokens_bt) == 1
+        seen += row_n.tolist()
+    assert sorted(seen) == sorted(wanted[wanted >= 0].tolist())
