@@ -289,7 +289,9 @@ class Transformer(nn.Module):
         if cache is not None and cache.longest > 0:
             mask = torch.arange(cache.longest + T, device=device) <= at_BT[:, None, :, None]
         x = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
-        angle_BTH = (at_BT[..., None] * self.rope_frequencies.to(device)).repeat(1, 1, 2)
+        if self.rope_frequencies.device != device:
+            self.rope_frequencies = self.rope_frequencies.to(device)    # once, not one copy per decode step
+        angle_BTH = (at_BT[..., None] * self.rope_frequencies).repeat(1, 1, 2)
         rope = angle_BTH.cos().to(x.dtype), angle_BTH.sin().to(x.dtype)
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -398,7 +400,8 @@ def checkpoint_folder(name: str) -> Path:
         raise UserError(f"no such folder: {name}; give a folder with config.json and *.safetensors, or a hub id owner/name")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+                                      ignore_patterns=["consolidated*", "*/*"]))    # second copies in other layouts
     except Exception as error:      # the hub client raises a dozen kinds; its first line says which
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} is no folder here and could not be downloaded from the hub: {reason}") from error

@@ -241,6 +241,8 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
     Ensures  logp_BT[mask_BT] == log-softmax of a plain forward pass over the same sequences (float32: 1e-5).
     Errors   UserError for an empty prompt, and for prompt + limit beyond the model's context.
     """
+    if not prompts or samples < 1 or slots < 1:
+        raise UserError("generate needs at least one prompt, one sample per prompt and one slot")
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     for prompt, limit in zip(prompts, limits, strict=True):
         if not prompt or limit < 1:
