@@ -171,7 +171,7 @@ def sg(s: Signals, args: CreditArgs) -> Tensor:
         agree_N = agree_N[permutation(len(agree_N), s)]
     elif args.sg_gate == "all":
         agree_N = torch.ones_like(agree_N)
-    factor_N = torch.where(agree_N, args.sg_agree, args.sg_conflict).to(a2_N.dtype)
+    factor_N = torch.full_like(a2_N, args.sg_conflict).masked_fill(agree_N, args.sg_agree)
     if args.sg_form == "scale":
         return factor_N * a2_N
     return a2_N + (factor_N - 1) * (s.teacher_N - s.reference_N)
@@ -228,9 +228,13 @@ def scope(s: Signals, args: CreditArgs) -> Tensor:
     right_B = s.reward_B > 0
     sign = 1.0 if args.scope_sign == "paper" else -1.0
     log_ppl_B = torch.where(right_B, -sign * sequence_mean(s.student_N, s), sequence_mean(s.teacher_N, s))
-    raw_B = (log_ppl_B / args.scope_temperature).exp()
-    half_B = torch.where(right_B, group_mean(raw_B, s, right_B)[s.group_B], group_mean(raw_B, s, ~right_B)[s.group_B])
-    return (raw_B / half_B)[s.sequence_N] * torch.where(right_B[s.sequence_N], 1.0, opd(s, args))
+    score_B = log_ppl_B / args.scope_temperature
+    halves = s._replace(group_B=2 * s.group_B + right_B)        # the two halves of a group as groups of their own
+    top_G = torch.full((int(halves.group_B.max()) + 1,), -torch.inf, dtype=score_B.dtype, device=score_B.device)
+    # from the half's largest down: at a low temperature the exponential itself would overflow
+    raw_B = (score_B - top_G.scatter_reduce(0, halves.group_B, score_B, "amax")[halves.group_B]).exp()
+    weight_B = raw_B / group_mean(raw_B, halves)[halves.group_B]
+    return weight_B[s.sequence_N] * torch.where(right_B[s.sequence_N], 1.0, opd(s, args))
 
 
 def reopold_floor(args: CreditArgs) -> float:

@@ -77,8 +77,8 @@ class Config(CreditArgs, LossArgs):
     eval_data: str = opt(str(TOY / "test.jsonl"), "held-out problems")
     mix_data: str = opt("", "a second file of problems; those also in --data, exactly or nearly, are left out")
     mix: float = opt(0.0, "share of each step's problems drawn from --mix_data")
-    problems: int = opt(16, "problems per step")
-    samples: int = opt(4, "responses per problem")
+    problems: int = opt(64, "problems per step")
+    samples: int = opt(1, "responses per problem")
     max_new_tokens: int = opt(40, "longest response; longer ones are cut")
     temperature: float = opt(1.0, "used to sample and to score, for both sides")
     slots: int = opt(128, "sequences decoded side by side")
@@ -425,7 +425,8 @@ def main(argv: list[str] | None = None) -> int:
         check(cfg)
         path = Path(cfg.runs) / (cfg.name or run_name(cfg, given))
         lasting = {key: value for key, value in asdict(cfg).items() if key not in NOT_THE_RUN}
-        if os.path.exists(path / "summary.json") and not cfg.fresh:     # False where the path itself is impossible
+        look_only = cfg.plan or cfg.report_only
+        if os.path.exists(path / "summary.json") and not (cfg.fresh or look_only):     # False where the path itself is impossible
             folder = RunFolder(path, lasting)
             print(f"{path} is complete; pass --fresh to run it again, or change a flag for another run")
             print(closing_line(cfg, folder, folder.summary()))
