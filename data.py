@@ -42,14 +42,14 @@ SHOWN_SOLUTION = (
 
 
 def privileged_prompt(prompt: str | list[dict], solution: str, template: str) -> str | list[dict]:
-    """The student's prompt with `template` in place of its last user message; {problem} and {solution} are filled in one
-    pass, so braces inside the problem stay text.  OPSD, arXiv:2601.18734 v3 (structure of its code's prompt, our words).
+    """The student's prompt with `template` in place of its last user message (of its last one, if no user speaks);
+    {problem} and {solution} are filled in one pass, so braces inside the problem stay text.  OPSD, arXiv:2601.18734 v3 (structure of its code's prompt, our words).
 
     >>> privileged_prompt("2+2?", "four", "{solution} | {problem}")
     'four | 2+2?'
     """
     if isinstance(prompt, list):
-        last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+        last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
         content = privileged_prompt(prompt[last]["content"], solution, template)
         return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1:]]
     return re.sub(r"\{(problem|solution)\}", lambda found: prompt if found[1] == "problem" else solution, template)

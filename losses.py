@@ -118,12 +118,12 @@ def log_mix(main_NV: Tensor, other_NV: Tensor, share: float) -> Tensor:
 
 def skewed_forward_kl(r: Rows, args: LossArgs) -> Tensor:
     """KL(q || (1-skew) p + skew q).  DistiLLM, Ko 2024, arXiv:2402.03898. skew 0 = forward_kl; bounded by -log skew."""
-    return (r.teacher_NV.exp() * (r.teacher_NV - log_mix(r.student_NV, r.teacher_NV, args.skew))).sum(-1)
+    return vocab_sum(r.teacher_NV.exp() * (r.teacher_NV - log_mix(r.student_NV, r.teacher_NV, args.skew)), args)
 
 
 def skewed_reverse_kl(r: Rows, args: LossArgs) -> Tensor:
     """KL(p || (1-skew) q + skew p).  DistiLLM, Ko 2024, arXiv:2402.03898. skew 0 = reverse_kl; bounded by -log skew."""
-    return (r.student_NV.exp() * (r.student_NV - log_mix(r.teacher_NV, r.student_NV, args.skew))).sum(-1)
+    return vocab_sum(r.student_NV.exp() * (r.student_NV - log_mix(r.teacher_NV, r.student_NV, args.skew)), args)
 
 
 # Divergences on a support of a few tokens.

@@ -134,6 +134,20 @@ def solutions(cfg, train: list[Problem], why: str) -> list[str]:
     return [problem.solution for problem in train]
 
 
+def privileged_prompts(cfg, tokenizer: Tokenizer, train: list[Problem], variables: dict, context: int):
+    """What a teacher reads that is shown the solution. A sibling's response is not written yet: only the room for it is
+    checked, and None returned."""
+    if cfg.privileged == "none":
+        return None
+    sibling, template = cfg.privileged == "sibling", cfg.teacher_prompt or SHOWN_SOLUTION
+    shown = [""] * len(train) if sibling else solutions(cfg, train, "to show the teacher (--privileged solution)")
+    longest = [0] * cfg.max_new_tokens * sibling
+    ids = [tokenizer.prompt_ids(privileged_prompt(problem.prompt, text, template), **variables) + longest
+           for problem, text in zip(train, shown)]
+    check_lengths(cfg.data, train, ids, "max_new_tokens", cfg.max_new_tokens, context, "teacher")
+    return None if sibling else ids
+
+
 def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transformer, dtype, device):
     """(models that score, the running average or None, whether to switch the student's adapters off while scoring)."""
     if cfg.teacher != "self":
@@ -152,6 +166,9 @@ def set_up(cfg) -> Setup:
     variables, teacher_variables = (dict(template_variable(pair) for pair in text.split(",") if pair)
                                     for text in (cfg.template_vars, cfg.teacher_template_vars or cfg.template_vars))
     folder, teachers = checkpoint_folder(cfg.student), parse_teachers(cfg)
+    if cfg.lmbda < 1 and cfg.responses == "teacher" and len(teachers) != 1:
+        raise UserError("--responses teacher is written by one teacher that is not the student itself; name one, or pass "
+                        "--responses solution")
     tokenizer = Tokenizer(folder, cfg.chat_template)
     stop_ids = parse_ids("stop_ids", cfg.stop_ids, tokenizer.vocab_size)
     parse_ids("skip_tokens", cfg.skip_tokens, tokenizer.vocab_size)
@@ -171,13 +188,7 @@ def set_up(cfg) -> Setup:
     flag = "eval_max_new_tokens" if cfg.eval_max_new_tokens else "max_new_tokens"
     check_lengths(cfg.eval_data, held_out, [tokenizer.prompt_ids(problem.prompt, **variables) for problem in held_out], flag,
                   getattr(cfg, flag), context if cfg.eval_teacher else configs[0].context, "student")
-    privileged = given = None
-    if cfg.privileged == "solution":
-        shown = solutions(cfg, train, "to show the teacher (--privileged solution)")
-        template = cfg.teacher_prompt or SHOWN_SOLUTION
-        privileged = [tokenizer.prompt_ids(privileged_prompt(problem.prompt, text, template), **teacher_variables)
-                      for problem, text in zip(train, shown)]
-        check_lengths(cfg.data, train, privileged, "max_new_tokens", cfg.max_new_tokens, context, "teacher")
+    privileged, given = privileged_prompts(cfg, tokenizer, train, teacher_variables, context), None
     if cfg.lmbda < 1 and cfg.responses == "solution":
         texts = solutions(cfg, train, "to learn from; or pass --responses teacher")
         given = [(tokenizer.encode(text) + [tokenizer.stop_ids[0]])[:cfg.max_new_tokens] for text in texts]

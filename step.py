@@ -22,7 +22,7 @@ import credit
 import losses
 from checkpoint import RunFolder, write_text
 from credit import ADVANTAGES, WEIGHTS
-from data import degenerate, pick, pick_mixed, privileged_prompt
+from data import SHOWN_SOLUTION, degenerate, pick, pick_mixed, privileged_prompt
 from eval import grade
 from prepare import Setup, needs
 from rollout import Rollout, from_responses, generate
@@ -58,12 +58,15 @@ def random_of(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
+def ask(cfg, run: Setup, step: int, count: int) -> list[int]:
+    """The `count` problems of this step."""
+    if not cfg.mix:
+        return pick(len(run.train), count, step, cfg.seed)
+    return pick_mixed(run.first, len(run.train) - run.first, cfg.mix, count, step, cfg.seed)
+
+
 def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollout, list[int], bool]:
     """This step's sequences, the problem each answers, and whether the student wrote them."""
-    def ask(count: int) -> list[int]:
-        if not cfg.mix:
-            return pick(len(run.train), count, step, cfg.seed)
-        return pick_mixed(run.first, len(run.train) - run.first, cfg.mix, count, step, cfg.seed)
     def given(chosen: list[int], responses: list[list[int]]) -> tuple[Rollout, list[int], bool]:
         ended = [response[-1] in run.tokenizer.stop_ids for response in responses]
         return from_responses([run.prompts[i] for i in chosen], responses, ended, run.student.device), chosen, False
@@ -74,9 +77,9 @@ def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollo
         return given(chosen, [written[i][rng.integers(len(written[i]))] for i in chosen])
     on_policy = random_of(cfg.seed, 2, step).random() <= cfg.lmbda
     if not on_policy and cfg.responses == "solution":   # one reference each: the batch is filled with other problems
-        chosen = ask(cfg.problems * cfg.samples)
+        chosen = ask(cfg, run, step, cfg.problems * cfg.samples)
         return given(chosen, [run.given[i] for i in chosen])
-    chosen = ask(cfg.problems)
+    chosen = ask(cfg, run, step, cfg.problems)
     rollout = write(cfg, run, run.actor if on_policy else run.teachers[0], [run.prompts[i] for i in chosen], cfg.samples,
                     cfg.seed * 2**32 + step)
     return rollout, [i for i in chosen for _ in range(cfg.samples)], on_policy
@@ -119,7 +122,8 @@ def teacher_reads(cfg, run: Setup, rollout: Rollout, asked: list[int], texts: li
             usable_B[b] = 0.0
             prompts.append(run.prompts[i])
             continue
-        shown = privileged_prompt(run.train[i].prompt, texts[siblings[rng.integers(len(siblings))]], cfg.teacher_prompt)
+        shown = privileged_prompt(run.train[i].prompt, texts[siblings[rng.integers(len(siblings))]],
+                                  cfg.teacher_prompt or SHOWN_SOLUTION)
         prompts.append(run.tokenizer.prompt_ids(shown, **run.teacher_variables))
     return rollout.with_prompts(prompts), usable_B
 
@@ -162,7 +166,8 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
 def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], clock) -> dict:
     """Roll out, score, weigh, update. Returns the step's record for metrics.jsonl."""
     if step < cfg.cold_start_steps:
-        cfg = replace(cfg, divergence="cross_entropy", weight="none", pts_weight=0.0)
+        seen = "none" if cfg.privileged == "sibling" else cfg.privileged        # the teacher's responses have no siblings
+        cfg = replace(cfg, divergence="cross_entropy", weight="none", pts_weight=0.0, privileged=seen)
     rollout, s, scores, usable_B, asked, on_policy = look(cfg, run, step, written, clock)
     advantage_N = ADVANTAGES[cfg.advantage](s, cfg) if cfg.divergence in losses.USES_ADVANTAGE else None
     weight_N = WEIGHTS[cfg.weight](s, cfg) * credit.supervised(s, cfg) * usable_B[s.sequence_N]
@@ -227,11 +232,13 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
     if not path.exists():
         wanted: dict[int, None] = {}
         for step in range(math.ceil(cfg.pts_end * cfg.steps) if cfg.pts_weight else 0):
-            wanted |= dict.fromkeys(pick(len(run.train), cfg.problems, step, cfg.seed))
+            wanted |= dict.fromkeys(ask(cfg, run, step, cfg.problems))
         cold = pick(len(run.train), min(len(run.train), cfg.cold_start_steps * cfg.problems * cfg.samples), 0, cfg.seed)
         kept: dict[int, list] = {}
         for number, model in enumerate(run.teachers):
             ours = [i for i in {**wanted, **dict.fromkeys(cold)} if run.teacher_of[i] == number]
+            if not ours:
+                continue
             shown = run.privileged or run.prompts
             rollout = write(cfg, run, model, [shown[i] for i in ours], cfg.pts_samples, cfg.seed * 2**32 + 2**31 + number)
             for b, finished in enumerate(rollout.finished_B.tolist()):

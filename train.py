@@ -227,6 +227,7 @@ def check(cfg: Config) -> None:
         *((0 <= getattr(cfg, name) <= 1, f"--{name} is a share between 0 and 1")
           for name in ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy")),
         (0 < cfg.reopold_share < 1, "--reopold_share must lie strictly between 0 and 1"),
+        (cfg.scope_temperature > 0, "--scope_temperature must be above 0"),
         (cfg.divergence != "cross_entropy" or cfg.lmbda < 1,
          "cross_entropy on the student's own samples has zero expected gradient: lower --lmbda"),
         (not needs(cfg, "group") or cfg.samples > 1,
@@ -249,8 +250,8 @@ def check(cfg: Config) -> None:
 
 # The loop
 
-def test_teachers(cfg: Config, run: Setup) -> dict:
-    """Held-out metrics of the teacher; of several, each on the problems routed to it."""
+def test_teachers(cfg: Config, run: Setup) -> dict | None:
+    """Held-out metrics of the teacher; of several, each on the problems routed to it (None: no problem names one)."""
     if len(run.teachers) == 1:
         return test(cfg, run, run.teachers[0], "teacher")[0]
     samples: list[dict] = []
@@ -258,7 +259,7 @@ def test_teachers(cfg: Config, run: Setup) -> dict:
         part = replace(run, held_out=[p for p in run.held_out if p.fields.get(cfg.route) == tag])
         if part.held_out:
             samples += test(cfg, part, model, f"teacher {tag}")[1]
-    return metrics_of(samples, cfg.eval_k, cfg.verifier)
+    return metrics_of(samples, cfg.eval_k, cfg.verifier) if samples else None
 
 
 def step_line(step: int, cfg: Config, m: dict) -> str:
