@@ -206,8 +206,8 @@ def uni(s: Signals, args: CreditArgs) -> Tensor:
         worst_G, best_G = (torch.full((int(s.group_B.max()) + 1,), end, device=score_B.device, dtype=score_B.dtype)
                            .scatter_reduce(0, s.group_B[side], score_B[side], how)
                            for end, side, how in ((torch.inf, right_B, "amin"), (-torch.inf, ~right_B, "amax")))
-        gap_G = torch.where(worst_G.isinf() | best_G.isinf(), torch.nan, worst_G - best_G)
-    shift_G = (args.uni_margin - gap_G).clamp(min=0).nan_to_num(0.0)    # NaN: a group with one outcome has no gap
+        gap_G = worst_G - best_G
+    shift_G = (args.uni_margin - gap_G).clamp(min=0).nan_to_num(0.0)    # one outcome: the gap is NaN, or infinite
     shift_B = shift_G[s.group_B] / 2 * torch.where(right_B, 1.0, -1.0).to(ratio_N.dtype)
     return torch.where(ratio_N.abs() >= args.uni_guard, 0.0, ratio_N + shift_B[s.sequence_N])
 

@@ -91,6 +91,8 @@ def parse_teachers(cfg) -> dict[str, Path]:
     pairs = [part.partition("=") for part in cfg.teacher.split(",")]
     if bad := [tag for tag, _, folder in pairs if not tag or not folder]:
         raise UserError(f"--teacher {cfg.teacher}: {bad[0]!r} is no tag=folder pair")
+    if len({tag for tag, _, _ in pairs}) < len(pairs):
+        raise UserError(f"--teacher {cfg.teacher}: a tag names two teachers")
     return {tag: checkpoint_folder(folder) for tag, _, folder in pairs}
 
 

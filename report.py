@@ -43,8 +43,6 @@ def report(cfg, run: Setup) -> int:
     """Compatibility before any step (Rethinking OPD, arXiv:2604.13016, section 2.3): do student and teacher think alike on
     the student's own tokens? Overlap near 1 and KL near 0: nothing to learn; low overlap mass: another pattern, try
     --cold_start_steps; in between is where OPD works. No number alone decides."""
-    if not run.teachers:
-        raise UserError("--report_only compares the student with a teacher; there is none")
     cfg = replace(cfg, lmbda=1.0, cold_start_steps=0)
     rollout, s, scores, _, asked, _ = look(cfg, run, 0, {}, Clock())
     settings = dict(temperature=cfg.temperature, chunk_rows=run.chunk_rows)

@@ -89,7 +89,7 @@ class Config(CreditArgs, LossArgs):
                         ("auto", "boxed", "hash", "number", "exact", "math-verify"))
     # optimization
     steps: int = opt(120, "optimizer steps")
-    lr: float = opt(5e-4, "AdamW learning rate after warm-up (a real model wants 1e-6 to 1e-5; LoRA 1e-4)")
+    lr: float = opt(1e-4, "AdamW learning rate after warm-up (a real model wants 1e-6 to 1e-5; LoRA 1e-4)")
     warmup_steps: int = opt(5, "steps over which the learning rate rises linearly")
     schedule: str = opt("constant", "learning rate after warm-up", ("constant", "cosine"))
     weight_decay: float = opt(0.0, "AdamW weight decay")
@@ -242,6 +242,7 @@ def check(cfg: Config) -> None:
         (not needs(cfg, "reward") or cfg.verifier, f"recipe {cfg.recipe} needs a verifier"),
         (0 <= cfg.pts_hold <= cfg.pts_end <= 1, "--pts_hold and --pts_end are shares of the run, the first not above the second"),
         (not cfg.compare_teacher or cfg.report_only, "--compare_teacher belongs to --report_only"),
+        (not cfg.report_only or cfg.teacher != "none", "--report_only compares the student with a teacher; there is none"),
     ]
     for holds, message in rules:
         if not holds:

@@ -83,6 +83,14 @@ def close(value_N, rows, atol=1e-12):
     torch.testing.assert_close(value_N, torch.as_tensor(expected, dtype=value_N.dtype), rtol=0, atol=atol)
 
 
+def advantage(name, s, **args):
+    return ADVANTAGES[name](s, CreditArgs(**args))
+
+
+def weight(name, s, **args):
+    return WEIGHTS[name](s, CreditArgs(**args))
+
+
 def args_id(x):
     if not isinstance(x, CreditArgs):
         return str(x)
@@ -297,9 +305,9 @@ def test_an_entry_needs_what_its_table_says(what, fields):
 def test_opd_returns_stay_inside_their_sequence():
     """fails if: the sum runs over the end of a sequence, discounts from the front, or leaves out the token itself"""
     s = of_lists(teacher=[[1.0, 2.0, 4.0], [8.0, 16.0], [32.0]], student=[[0.0] * 3, [0.0] * 2, [0.0]])
-    close(ADVANTAGES["opd"](s, CreditArgs()), [1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    close(ADVANTAGES["opd"](s, CreditArgs(discount=0.5)), [3.0, 4.0, 4.0, 16.0, 16.0, 32.0])
-    close(ADVANTAGES["opd"](s, CreditArgs(discount=1.0)), [7.0, 6.0, 4.0, 24.0, 16.0, 32.0])
+    close(advantage("opd", s), [1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    close(advantage("opd", s, discount=0.5), [3.0, 4.0, 4.0, 16.0, 16.0, 32.0])
+    close(advantage("opd", s, discount=1.0), [7.0, 6.0, 4.0, 24.0, 16.0, 32.0])
 
 
 @pytest.mark.parametrize("std", [True, False])
@@ -307,7 +315,7 @@ def test_grpo_by_hand(std):
     """fails if: size - 1 becomes size, grpo_std is ignored, or a response's tokens share its advantage"""
     s = of_lists(student=[[0.0, 0.0], [0.0], [0.0], [0.0], [0.0]], group=[0, 0, 0, 1, 1], reward=[1.0, 0.0, 0.0, 1.0, 0.0])
     two, one, half = (2 / 3, -1 / 3, 1 / 2) if not std else (2 / 3 ** 0.5, -1 / 3 ** 0.5, 1 / 2 ** 0.5)
-    close(ADVANTAGES["grpo"](s, CreditArgs(grpo_std=std)), [two, two, one, one, half, -half])
+    close(advantage("grpo", s, grpo_std=std), [two, two, one, one, half, -half])
 
 
 @pytest.mark.parametrize("std", [True, False])
@@ -317,14 +325,14 @@ def test_a_unanimous_group_gets_exactly_zero(dtype, std):
     group = [g for g in range(19) for _ in range(g + 1)]
     for reward in (0.0, 1.0, 0.1, 0.3, -1 / 3):
         s = of_lists(student=[[0.0]] * len(group), group=group, reward=[(reward, 0.7)[g % 2] for g in group], dtype=dtype)
-        assert (ADVANTAGES["grpo"](s, CreditArgs(grpo_std=std)) == 0).all(), reward
+        assert (advantage("grpo", s, grpo_std=std) == 0).all(), reward
 
 
 def test_exopd_at_1_is_opd_bit_for_bit():
-    """fails if: the advantage is assembled as x log q - log b + (1 - x) log r, which rounds differently"""
+    """fails if: the advantage is assembled as x (log q - log r) - (log b - log r), which rounds differently"""
     for dtype in (torch.float32, F64):
         s = a_step(dtype=dtype)
-        assert torch.equal(ADVANTAGES["exopd"](s, CreditArgs(extrapolate=1.0)), ADVANTAGES["opd"](s, CreditArgs()))
+        assert torch.equal(advantage("exopd", s, extrapolate=1.0), advantage("opd", s))
 
 
 # SG-OPD: one group of a right and a wrong response, one unanimous group; in each, a token the teacher likes more
@@ -344,8 +352,8 @@ def test_sg_extrapolates_where_teacher_and_verifier_agree():
     for lam, beta in ((1.8, 1.0), (1.8, 0.5), (3.0, 0.0)):
         k = [lam if yes else beta for yes in agree]
         args = dict(sg_agree=lam, sg_conflict=beta)
-        close(ADVANTAGES["sg"](of_lists(**SG), CreditArgs(sg_form="scale", **args)), [x * y for x, y in zip(k, ratio)])
-        close(ADVANTAGES["sg"](of_lists(**SG), CreditArgs(**args)), [x + (y - 1) * d for x, y, d in zip(ratio, k, over)])
+        close(advantage("sg", of_lists(**SG), sg_form="scale", **args), [x * y for x, y in zip(k, ratio)])
+        close(advantage("sg", of_lists(**SG), **args), [x + (y - 1) * d for x, y, d in zip(ratio, k, over)])
 
 
 @pytest.mark.parametrize("form", ["reference", "scale"])
@@ -360,7 +368,7 @@ def test_sg_with_both_factors_1_is_opd_bit_for_bit(form):
 def test_sg_with_one_factor_is_exopd(c):
     """fails if: the reference form scales the log-ratio instead of extrapolating, or reads another model than r"""
     s = a_step()
-    close(ADVANTAGES["sg"](s, CreditArgs(sg_agree=c, sg_conflict=c)), ADVANTAGES["exopd"](s, CreditArgs(extrapolate=c)), 1e-15)
+    close(advantage("sg", s, sg_agree=c, sg_conflict=c), advantage("exopd", s, extrapolate=c), 1e-15)
 
 
 def test_sg_scaled_by_1_and_0_is_opdvr_on_mixed_groups():
@@ -377,7 +385,7 @@ def test_sg_forms_agree_while_the_student_is_its_reference(gate):
     """fails if: one form's factor is k, the other's k - 1 or 1 + k"""
     s = a_step()
     s = s._replace(reference_N=s.student_N)
-    a, b = (ADVANTAGES["sg"](s, CreditArgs(sg_form=form, sg_gate=gate)) for form in ("reference", "scale"))
+    a, b = (advantage("sg", s, sg_form=form, sg_gate=gate) for form in ("reference", "scale"))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
@@ -392,9 +400,9 @@ def test_sg_leaves_unanimous_groups_and_cut_responses_alone():
 def test_sg_controls(form):
     """fails if: the random gate draws a share of its own, takes the global stream, or is the sign gate; `all` leaves some"""
     s = a_step(1)
-    opd_N = ADVANTAGES["opd"](s, CreditArgs())
+    opd_N = advantage("opd", s)
     def gated(gate, seed=0):
-        return ADVANTAGES["sg"](s._replace(seed=seed), CreditArgs(sg_form=form, sg_gate=gate)) != opd_N
+        return advantage("sg", s._replace(seed=seed), sg_form=form, sg_gate=gate) != opd_N
     sign_N, drawn_N = gated("sign"), [gated("random", seed) for seed in range(20)]
     assert 0 < sign_N.sum() < len(sign_N) and gated("all").all()
     assert all(x.sum() == sign_N.sum() for x in drawn_N) and torch.equal(drawn_N[3], gated("random", 3))
@@ -407,7 +415,7 @@ def test_sg_controls(form):
 def test_opdvr_keeps_only_what_the_verifier_backs():
     """fails if: z is 0 for a wrong response, or the wrong response's sign is lost"""
     s = of_lists(teacher=[[-1.0, -3.0]] * 2, student=[[-2.0, -2.5]] * 2, reward=[1.0, 0.0])
-    close(ADVANTAGES["opdvr"](s, CreditArgs()), [1.0, 0.0, 0.0, -0.5])
+    close(advantage("opdvr", s), [1.0, 0.0, 0.0, -0.5])
 
 
 @pytest.mark.parametrize("progress,coef", [(0.0, 5e-3), (0.5, 3e-3), (1.0, 1e-3)])
@@ -417,7 +425,7 @@ def test_kdrl_anneals_and_masks(progress, coef):
         progress=progress)
     a = 0.5 ** 0.5
     for mask, kept in (("none", (1, 1, 1, 1)), ("response", (0, 1, 1, 1)), ("group", (0, 0, 1, 1))):
-        close(ADVANTAGES["kdrl"](s, CreditArgs(kdrl_mask=mask)), [x + k * coef for x, k in zip((a, -a, 0, 0), kept)])
+        close(advantage("kdrl", s, kdrl_mask=mask), [x + k * coef for x, k in zip((a, -a, 0, 0), kept)])
 
 
 UNI = dict(teacher=[[0.5, 0.1], [-0.3], [0.4, 0.0, 0.2], [1.0], [-1.0]], student=[[0.0] * 2, [0.0], [0.0] * 3, [0.0], [0.0]],
@@ -430,7 +438,7 @@ def test_uni_moves_both_sides_by_half_of_what_is_missing():
     Group 0: right means 0.3 and -0.3, wrong mean 0.2: gap -0.2, worst against best -0.5. Group 1: gap 2.
     """
     for gap, half in (("mean", 0.3), ("minmax", 0.45)):
-        close(ADVANTAGES["uni"](of_lists(**UNI), CreditArgs(uni_gap=gap)),
+        close(advantage("uni", of_lists(**UNI), uni_gap=gap),
               [0.5 + half, 0.1 + half, -0.3 + half, 0.4 - half, 0.0 - half, 0.2 - half, 1.0, -1.0])
 
 
@@ -438,8 +446,8 @@ def test_uni_moves_both_sides_by_half_of_what_is_missing():
 def test_uni_leaves_groups_with_one_outcome_and_guards_tokens(gap):
     """fails if: a missing side counts as 0 or infinite, or a guarded token keeps its shift"""
     one_outcome = of_lists(**{**UNI, "reward": [1.0, 1.0, 1.0, 0.0, 0.0]})
-    assert torch.equal(ADVANTAGES["uni"](one_outcome, CreditArgs(uni_gap=gap)), one_outcome.teacher_N)
-    guarded = ADVANTAGES["uni"](of_lists(**UNI), CreditArgs(uni_gap=gap, uni_guard=0.4))
+    assert torch.equal(advantage("uni", one_outcome, uni_gap=gap), one_outcome.teacher_N)
+    guarded = advantage("uni", of_lists(**UNI), uni_gap=gap, uni_guard=0.4)
     assert (guarded == 0).tolist() == [True, False, False, True, False, False, True, True]
 
 
@@ -448,7 +456,7 @@ def test_rlsd_takes_the_sign_from_the_verifier():
     ratios = [1.1, 2.0, 0.95, 0.5]
     s = of_lists(teacher=[[math.log(x) for x in ratios]] * 2, student=[[0.0] * 4] * 2, reward=[1.0, 0.0])
     expected = [1.1, 1.2, 0.95, 0.8, -1 / 1.1, -0.8, -1 / 0.95, -1.2]
-    close(ADVANTAGES["rlsd"](s, CreditArgs()), [x * 0.5 ** 0.5 for x in expected])
+    close(advantage("rlsd", s), [x * 0.5 ** 0.5 for x in expected])
 
 
 @pytest.mark.parametrize("args,right,wrong", [
@@ -464,7 +472,7 @@ def test_scope_by_hand(args, right, wrong):
     two, four, eight = -math.log(2), -math.log(4), -math.log(8)
     s = of_lists(student=[[two, two], [2 * four, 0.0], [-2.0], [-3.0], [-9.0], [-1.0]], group=[0, 0, 0, 0, 1, 2],
                  teacher=[[-1.0, 0.0], [-5.0, 0.0], [two], [eight], [-4.0], [-3.0]], reward=[1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
-    close(ADVANTAGES["scope"](s, CreditArgs(**args)),
+    close(advantage("scope", s, **args),
           [right[0]] * 2 + [right[1]] * 2 + [wrong[0] * (two + 2), wrong[1] * (eight + 3), 1.0, -2.0])
 
 
@@ -474,7 +482,7 @@ def test_scope_weights_have_mean_1_in_each_half_at_any_temperature(sign):
     s = a_step(2, torch.float32)
     s = s._replace(student_N=5 * s.student_N, teacher_N=5 * s.student_N + 1)        # log-ratio 1: the advantage is the weight
     for temperature in (100.0, 1.0, 0.3, 0.02):
-        weight_N = ADVANTAGES["scope"](s, CreditArgs(scope_sign=sign, scope_temperature=temperature))
+        weight_N = advantage("scope", s, scope_sign=sign, scope_temperature=temperature)
         weight_B = [weight_N[s.sequence_N == b][0].item() for b in range(12)]
         for half in set(zip(GROUP_B, REWARD_B)):
             mine = [w for w, *key in zip(weight_B, GROUP_B, REWARD_B) if tuple(key) == half]
@@ -485,7 +493,7 @@ def test_scope_weights_have_mean_1_in_each_half_at_any_temperature(sign):
 def test_reopold_floors(floor, c):
     """fails if: the two readings of the floor swap, or the advantage is capped instead"""
     s = of_lists(teacher=[[-9.0, -1.0, 0.0, c]], student=[[0.0, 0.0, -1.0, 0.0]])
-    close(ADVANTAGES["reopold"](s, CreditArgs(reopold_floor=floor)), [c, max(c, -1.0), 1.0, c])
+    close(advantage("reopold", s, reopold_floor=floor), [c, max(c, -1.0), 1.0, c])
 
 
 # FiRe-OPD by hand.
@@ -500,16 +508,16 @@ def fire_step(scores, lengths=None, teacher_B=None, **fields):
 
 
 def kept(s, **args):
-    weight_N = WEIGHTS["fire"](s, CreditArgs(**args))
+    weight_N = weight("fire", s, **args)
     return [bool((weight_N[s.sequence_N == b] > 0).all()) for b in range(len(s.length_B))]
 
 
 def test_fire_weight_by_hand():
     """fails if: confidence is entropy instead of 1 - entropy, one of the two factors goes missing, or the mean stays"""
     s = of_lists(teacher=[[-1.0] * 3], teacher_entropy=[[0.0, 1.0, 2.0]], student_entropy=[[0.0, 0.5, 1.0]])
-    close(WEIGHTS["fire"](s, CreditArgs()), [0.96, 1.08, 0.96])
-    close(WEIGHTS["fire"](s, CreditArgs(fire_beta=0.0)), [4 / 3, 1.0, 2 / 3])
-    close(WEIGHTS["fire"](s, CreditArgs(fire_alpha=0.0)), [2 / 3, 1.0, 4 / 3])
+    close(weight("fire", s), [0.96, 1.08, 0.96])
+    close(weight("fire", s, fire_beta=0.0), [4 / 3, 1.0, 2 / 3])
+    close(weight("fire", s, fire_alpha=0.0), [2 / 3, 1.0, 4 / 3])
 
 
 @pytest.mark.parametrize("args", [dict(fire_alpha=0.0, fire_beta=0.0, fire_drop=0.0), dict(fire_drop=0.0)])
@@ -519,7 +527,7 @@ def test_fire_without_anything_to_say_is_opd_bit_for_bit(args):
         s = a_step(dtype=dtype)
         if "fire_alpha" not in args:                        # all entropies zero
             s = s._replace(teacher_entropy_N=0 * s.kl_N, student_entropy_N=0 * s.kl_N)
-        assert (WEIGHTS["fire"](s, CreditArgs(**args)) == 1.0).all()
+        assert (weight("fire", s, **args) == 1.0).all()
 
 
 @pytest.mark.parametrize("n,drop,dropped", [(10, 0.2, 2), (1, 0.2, 0), (1, 1.0, 0), (2, 0.2, 1), (5, 0.2, 1), (6, 0.2, 1),
@@ -547,13 +555,13 @@ def test_fire_keeps_ties_and_ranks_per_teacher_on_request():
 def test_fire_weights_have_mean_1_in_each_response(scope):
     """fails if: weights are divided by the step's mean, or maxima are taken elsewhere than fire_max says"""
     s = a_step(3)
-    weight_N = WEIGHTS["fire"](s, CreditArgs(fire_max=scope, fire_drop=0.0))
+    weight_N = weight("fire", s, fire_max=scope, fire_drop=0.0)
     for b in range(12):
         assert weight_N[s.sequence_N == b].mean().item() == pytest.approx(1, abs=1e-12)
     at = (s.sequence_N == 0).nonzero().squeeze(1)
     louder = s._replace(teacher_entropy_N=s.teacher_entropy_N.clone(), student_entropy_N=s.student_entropy_N.clone())
     louder.teacher_entropy_N[-1] = louder.student_entropy_N[-1] = 50.0      # one outlier in the last response
-    again_N = WEIGHTS["fire"](louder, CreditArgs(fire_max=scope, fire_drop=0.0))
+    again_N = weight("fire", louder, fire_max=scope, fire_drop=0.0)
     assert torch.equal(again_N[at], weight_N[at]) == (scope == "sequence")
 
 
@@ -563,11 +571,11 @@ def test_tip_keeps_the_uncertain_and_the_wrong():
     """fails if: scores are summed without - h d, a constant side is divided by 0, or later rows win ties"""
     s = of_lists(teacher=[[0.0] * 6], student_entropy=[[1.0, 3.0, 1.0, 2.0, 1.0, 2.0]], kl=[[5.0, 5.0, 9.0, 7.0, 5.0, 6.0]])
     for keep, expected in ((0.5, [0, 1, 1, 1, 0, 0]), (1 / 6, [0, 1, 0, 0, 0, 0]), (0.51, [0, 1, 1, 1, 0, 1]), (0, [0, 1, 0, 0, 0, 0])):
-        assert WEIGHTS["tip"](s, CreditArgs(tip_keep=keep)).tolist() == expected
+        assert weight("tip", s, tip_keep=keep).tolist() == expected
     flat = s._replace(kl_N=torch.ones_like(s.kl_N))
-    assert WEIGHTS["tip"](flat, CreditArgs(tip_keep=0.5)).tolist() == [0, 1, 0, 1, 0, 1]
+    assert weight("tip", flat, tip_keep=0.5).tolist() == [0, 1, 0, 1, 0, 1]
     nothing = flat._replace(student_entropy_N=torch.zeros_like(s.kl_N))
-    assert WEIGHTS["tip"](nothing, CreditArgs(tip_keep=0.5)).tolist() == [1, 1, 1, 0, 0, 0]
+    assert weight("tip", nothing, tip_keep=0.5).tolist() == [1, 1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("progress,expected", [(0.0, [0, 1, 1, 1, 0]), (0.49, [0, 1, 1, 1, 0]), (0.5, [1, 0, 0, 0, 0]),
@@ -575,7 +583,7 @@ def test_tip_keeps_the_uncertain_and_the_wrong():
 def test_reopold_switches_from_log_ratios_to_entropy_at_half(progress, expected):
     """fails if: the phases swap, the switch moves, or the second keeps the lowest entropies"""
     s = of_lists(teacher=[[-2.0, -0.5, 0.5, math.log(0.3 / 0.7), -0.85]], student_entropy=[[3.0, 1.0, 2.0, 0.0, 0.5]])
-    assert WEIGHTS["reopold"](s._replace(progress=progress), CreditArgs()).tolist() == expected
+    assert weight("reopold", s._replace(progress=progress)).tolist() == expected
 
 
 def test_the_random_weight_is_a_fresh_share_each_step():
@@ -583,10 +591,10 @@ def test_the_random_weight_is_a_fresh_share_each_step():
     s = a_step()
     n = len(s.token_N)
     for keep in (0.5, 0.1, 1.0):
-        drawn = [WEIGHTS["random"](s._replace(seed=seed), CreditArgs(keep=keep)) for seed in range(30)]
+        drawn = [weight("random", s._replace(seed=seed), keep=keep) for seed in range(30)]
         assert all(x.sum() == math.ceil(keep * n) and set(x.tolist()) <= {0.0, 1.0} for x in drawn)
         torch.manual_seed(1)
-        assert torch.equal(drawn[7], WEIGHTS["random"](s._replace(seed=7), CreditArgs(keep=keep)))
+        assert torch.equal(drawn[7], weight("random", s._replace(seed=7), keep=keep))
         assert keep == 1.0 or len({tuple(x.tolist()) for x in drawn}) == 30
         assert (torch.stack(drawn).mean(0) - keep).abs().max() < 0.4        # 4 to 7 standard deviations
 

@@ -1,0 +1,257 @@
+"""The toy world: a language of small calculations, the checkpoints that speak it and the problems they are given.
+
+    problem         3+8*2-4+1?                      five digits, strictly from left to right, modulo 10
+    written out     3+8=1;1*2=2;2-4=8;8+1=9#9       every step, then # and the answer
+    direct          #9                              only # and the answer
+
+Place in the loop: before it. `python train.py` without arguments reads the files that this script wrote:
+
+    teacher     writes every calculation out and is right (99 %); knows how to go on after a wrong step too
+    student     can write out, but answers directly nine times in ten; has rarely seen a `*`
+    train.jsonl, test.jsonl     problems to practise on, and held-out ones that no checkpoint was trained on
+
+Why written out: one small step is a table of 300 facts, which a tiny decoder learns in a minute; five digits at once
+are out of its reach. So the written-out calculation is the thinking pattern that papers on distillation talk about, and here it can
+be seen and counted: the student's accuracy first jumps because the teacher reminds it of a pattern that it has, then
+climbs slowly while it learns the operator that it lacks.
+
+    python toy/make.py                  # everything: about 4 minutes, one core
+    python toy/make.py student          # the problems (a moment) and this checkpoint
+
+One seed per checkpoint: the same bytes again on the same machine and torch version, whatever else is made. Sizes: a
+teacher 0.6 MB, a student 0.4 MB, problems 0.2 MB.
+
+Not here: distillation (train.py), grading and sampling (eval.py, rollout.py: the accuracies printed are theirs).
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+TOY = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOY.parent))
+from eval import Problem, evaluate, load_problems  # noqa: E402
+from model import ModelConfig, Transformer, load_model  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+DIGITS = 5
+N_TRAIN, N_TEST = 2000, 200
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")      # ids 256, 257, 258, after the 256 bytes
+VOCAB_ROWS = 264                # 259 real tokens and 5 padding rows: many published checkpoints have some
+BATCH = 64                      # sequences per pretraining step
+MAX_NEW_TOKENS = 40             # a written-out calculation and its stop token are 26
+
+
+# The language
+
+def apply(left: int, operator: str, right: int) -> int:
+    return {"+": left + right, "-": left - right, "*": left * right}[operator] % 10
+
+
+def draw(rng: random.Random, operators: str = "+-*") -> str:
+    """A problem, every digit and operator uniform: `3+8*2-4+1?`."""
+    return "".join(f"{rng.randrange(10)}{rng.choice(operators)}" for _ in range(DIGITS - 1)) + f"{rng.randrange(10)}?"
+
+
+def write_out(problem: str, rng: random.Random | None = None, slip: float = 0.0) -> tuple[str, list[int]]:
+    """(calculation, places of its slips). With chance `slip` a step has one wrong character, half of the time its
+    result; what follows is right again, given what is written."""
+    value, text, slips = int(problem[0]), "", []
+    for operator, digit in zip(problem[1:-1:2], problem[2::2]):
+        step, wrong = [str(value), operator, digit, "=", ""], None
+        if rng and rng.random() < slip:
+            wrong = rng.choice((0, 1, 2, 4, 4, 4))
+            step[wrong] = rng.choice("+-*" if wrong == 1 else "0123456789")
+            slips.append(len(text) + wrong)
+        step[4] = step[4] or str(apply(int(step[0]), step[1], int(step[2])))
+        value = int(step[4])
+        text += "".join(step) + ";"
+    return f"{text[:-1]}#{value}", slips
+
+
+# What checkpoints are trained on: rng -> (problem, response, places in the response that are not trained)
+
+Example = tuple[str, str, list[int]]
+
+
+def written(rng: random.Random, operators: str = "+-*", slip: float = 0.0) -> Example:
+    problem = draw(rng, operators)
+    return problem, *write_out(problem, rng, slip)
+
+
+def without_times(rng: random.Random) -> Example:
+    return written(rng, "+-")
+
+
+def stumbling(rng: random.Random) -> Example:
+    """Slips are read but not learnt: how to go on from a student's wrong step, without making one."""
+    return written(rng, slip=0.3)
+
+
+def direct(rng: random.Random) -> Example:
+    problem, calculation, _ = written(rng)
+    return problem, calculation[-2:], []
+
+
+def blurted(rng: random.Random) -> Example:
+    """Direct, with the decision for it untrained: what to expect of a student that began with `#`."""
+    problem, answer, _ = direct(rng)
+    return problem, answer, [0]
+
+
+# The checkpoints
+
+@dataclass(frozen=True)
+class Phase:
+    steps: int
+    lr: float                               # highest; linear warm-up over 50 steps, linear decay in the second half
+    mixture: dict[Callable, float]          # kind of example -> share
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    width: int
+    layers: int
+    seed: int                               # fixes the first weights and all examples
+    phases: list[Phase]
+    accuracy: tuple[float, float]           # promised range of avg@8 at temperature 1 on test.jsonl
+
+
+CHECKPOINTS = {
+    "teacher": Checkpoint(96, 3, 1, [Phase(1200, 3e-3, {written: 0.6, stumbling: 0.3, blurted: 0.1})], (0.99, 1.0)),
+    "student": Checkpoint(64, 3, 2, [
+        Phase(1500, 3e-3, {without_times: 0.98, written: 0.02}),
+        Phase(300, 1e-3, {without_times: 0.5, written: 0.5}),
+        Phase(150, 1e-3, {direct: 0.8, without_times: 0.2})], (0.10, 0.35)),
+}
+
+
+def config(c: Checkpoint) -> dict:
+    return dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=VOCAB_ROWS, hidden_size=c.width,
+                intermediate_size=2 * c.width, num_hidden_layers=c.layers, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=32, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000.0,
+                max_position_embeddings=256, tie_word_embeddings=True, attention_bias=False, eos_token_id=256)
+
+
+# Files
+
+def write_tokenizer(folder: Path) -> None:
+    """One token per byte, in GPT-2's order, and three special tokens; no merges."""
+    backend = Backend(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    template = ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+                "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    folder.mkdir(parents=True)
+    backend.save(str(folder / "tokenizer.json"))
+    for name, content in (
+            ("tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=SPECIAL[0],
+                                           model_max_length=256, clean_up_tokenization_spaces=False,
+                                           chat_template=template)),
+            ("generation_config.json", dict(eos_token_id=256, do_sample=True, temperature=1.0))):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_problems() -> set[str]:
+    """train.jsonl and test.jsonl, all problems different. Returns the held-out ones."""
+    rng, problems = random.Random(0), {}        # a dict keeps the order
+    while len(problems) < N_TRAIN + N_TEST:
+        problem = draw(rng)
+        problems[problem] = write_out(problem)[0]
+    records = [json.dumps({"problem": problem, "answer": solution[-1], "solution": solution}) + "\n"
+               for problem, solution in problems.items()]
+    for name, part in (("test.jsonl", records[:N_TEST]), ("train.jsonl", records[N_TEST:])):
+        (TOY / f".{name}.new").write_text("".join(part))
+        os.replace(TOY / f".{name}.new", TOY / name)
+    return set(list(problems)[:N_TEST])
+
+
+# Pretraining
+
+def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[str]) -> tuple[Tensor, Tensor]:
+    """(tokens_BT int64, mask_BT bool: trained tokens). One character of a response is one token."""
+    tokens, masks = [], []
+    for kind in rng.choices(list(phase.mixture), list(phase.mixture.values()), k=BATCH):
+        problem, response, untrained = kind(rng)
+        while problem in held_out:
+            problem, response, untrained = kind(rng)
+        prompt = tokenizer.prompt_ids(problem)
+        tokens.append(torch.tensor(prompt + tokenizer.encode(response) + [tokenizer.stop_ids[0]]))
+        mask = torch.arange(len(tokens[-1])) >= len(prompt)
+        mask[[len(prompt) + place for place in untrained]] = False
+        masks.append(mask)
+    return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
+
+
+def pretrain(name: str, tokenizer: Tokenizer, held_out: set[str]) -> Transformer:
+    """Cross-entropy over all rows of the head, so that other programs too never sample a padding row."""
+    c = CHECKPOINTS[name]
+    model, rng = Transformer(ModelConfig.from_dict(config(c))).init_weights(c.seed), random.Random(c.seed)
+    for number, phase in enumerate(c.phases, 1):
+        optimizer = torch.optim.AdamW(model.parameters(), phase.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        for step in range(1, phase.steps + 1):
+            optimizer.param_groups[0]["lr"] = phase.lr * min(step / 50, 1, 2 * (1 - (step - 1) / phase.steps))
+            tokens_BT, mask_BT = batch(phase, rng, tokenizer, held_out)
+            logits_NV = model.logits(model.response_hidden(tokens_BT, mask_BT))
+            loss = F.cross_entropy(logits_NV, tokens_BT[mask_BT])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step % 200 == 0 or step == phase.steps:
+                print(f"{name}  phase {number}  step {step:4d}/{phase.steps}  loss {loss.item():.4f}", flush=True)
+    return model
+
+
+def make(name: str, held_out: set[str], problems: list[Problem]) -> None:
+    """Pretrain, save in bf16, load again and measure; the folder changes only if the promise is kept."""
+    start, folder, new, old = time.time(), TOY / name, TOY / f".{name}.new", TOY / f".{name}.old"
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write_tokenizer(new)
+    tokenizer = Tokenizer(new)
+    pretrain(name, tokenizer, held_out).save(new, torch.bfloat16)
+    metrics, _ = evaluate(load_model(new), tokenizer, problems, k=8, temperature=1.0, slots=256,
+                          max_new_tokens=MAX_NEW_TOKENS, seed=0)
+    low, high = CHECKPOINTS[name].accuracy
+    size = sum(path.stat().st_size for path in new.iterdir()) / 1e6
+    print(f"{name}  avg@8 {metrics['avg@8']:.3f} (promised {low} to {high})  mean length {metrics['mean_length']:.1f}  "
+          f"{size:.2f} MB  {time.time() - start:.0f} s", flush=True)
+    if not low <= metrics["avg@8"] <= high:
+        raise SystemExit(f"{name} misses its promise; it is left in {new}, and {folder} is as it was")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Remakes the toy world, or the named checkpoints of it.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(CHECKPOINTS)} (default: all)")
+    names = parser.parse_args().names or list(CHECKPOINTS)
+    if unknown := [name for name in names if name not in CHECKPOINTS]:
+        parser.error(f"unknown checkpoint {unknown[0]}; known are {', '.join(CHECKPOINTS)}")
+    torch.set_num_threads(1)        # sums in one order, whatever the number of cores; these matrices gain nothing
+    held_out = write_problems()
+    problems = load_problems(TOY / "test.jsonl", need_answer=True)
+    for name in names:
+        make(name, held_out, problems)
+
+
+if __name__ == "__main__":
+    main()
