@@ -323,8 +323,8 @@ def parse_stop_ids(text: str, vocab_size: int) -> tuple[int, ...] | None:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
         if not (part.isdecimal() and int(part) < vocab_size):
-            raise UserError(f"--stop_ids {text}: {part!r} is no token id; give whole numbers from 0 to {vocab_size - 1}, "
-                            f"separated by commas")
+            raise UserError(f"--stop_ids {text}: {part!r} is no token id; give whole numbers from 0 to "
+                            f"{vocab_size - 1}, separated by commas")
     return tuple(dict.fromkeys(map(int, parts))) or None
 
 
@@ -370,8 +370,8 @@ def set_up(cfg: Config) -> Setup:
     configs = [load_config(found) for found in (folder, teacher_folder) if found is not None]
     for found, config in zip((folder, teacher_folder), configs):
         if config.vocab_size < tokenizer.vocab_size:
-            raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of tokenizer.json "
-                            f"end at {tokenizer.vocab_size - 1}; the two files do not belong together")
+            raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of "
+                            f"tokenizer.json end at {tokenizer.vocab_size - 1}; the two files do not belong together")
     train, held_out, prompts, given = load_problem_set(
         cfg, tokenizer, variables, min(config.context for config in configs),
         min(config.context for config in (configs if cfg.eval_teacher else configs[:1])))
