@@ -167,7 +167,6 @@ class RunFolder:
 
     def link(self, name: str, target: Path) -> None:
         temporary = self.path / (name + TEMPORARY)
-        temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
         os.replace(temporary, self.path / name)
 

@@ -1,7 +1,8 @@
-"""The tiny world of the tests that run the whole loop: 20 tokens, a student and a teacher of one or two layers.
+"""The tiny world of the tests that run the whole loop: 20 tokens, a student and a teacher of one or two
+layers.
 
-Weights are scrambled, so that the two models disagree, answers are sometimes right and responses sometimes stop. The
-models differ in family, width, depth, tying and padding rows, as published pairs do.
+Weights are scrambled, so that the two models disagree, answers are sometimes right and responses sometimes
+stop. The models differ in family, width, depth, tying and padding rows, as published pairs do.
 """
 import json
 import sys
@@ -14,16 +15,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import ModelConfig, Transformer  # noqa: E402
 
-torch.set_num_threads(1)        # models this small lose more to waiting threads than they gain, by far on a busy machine
+torch.set_num_threads(1)        # models this small lose more to waiting threads than they gain
 CHARACTERS = "0123456789+-*=?#;"
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 END = len(CHARACTERS)       # id of <|end|>
-TINY = dict(problems=2, samples=2, max_new_tokens=6, steps=2, eval_k=1, eval_limit=2, eval_every=0, warmup_steps=0,
-            device="cpu", name="a")
+TINY = dict(problems=2, samples=2, max_new_tokens=6, steps=2, eval_k=1, eval_limit=2, eval_every=0,
+            warmup_steps=0, device="cpu", name="a")
 
 
 def write_checkpoint(folder, seed, **config):
-    raw = dict(num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-6, max_position_embeddings=64, **config)
+    raw = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, **config)
     model, rng = Transformer(ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -41,10 +42,10 @@ def write_checkpoint(folder, seed, **config):
 def pair(tmp_path_factory):
     """A folder with student/, teacher/, train.jsonl (10 problems) and test.jsonl (4)."""
     folder = tmp_path_factory.mktemp("pair")
-    write_checkpoint(folder / "student", 0, model_type="qwen3", vocab_size=24, hidden_size=16, intermediate_size=24,
-                     num_hidden_layers=1, head_dim=8, tie_word_embeddings=True)
-    write_checkpoint(folder / "teacher", 1, model_type="llama", vocab_size=32, hidden_size=24, intermediate_size=32,
-                     num_hidden_layers=2)
+    write_checkpoint(folder / "student", 0, model_type="qwen3", vocab_size=24, hidden_size=16,
+                     intermediate_size=24, num_hidden_layers=1, head_dim=8, tie_word_embeddings=True)
+    write_checkpoint(folder / "teacher", 1, model_type="llama", vocab_size=32, hidden_size=24,
+                     intermediate_size=32, num_hidden_layers=2)
     for name, problems in (("train", [(a, 3) for a in range(10)]), ("test", [(a, 5) for a in range(4)])):
         records = [{"problem": f"{a}+{b}" + "?" * (1 + a % 3), "answer": str((a + b) % 10),
                     "solution": f"{a}+{b}={(a + b) % 10}"} for a, b in problems]
@@ -54,8 +55,8 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def command(pair, tmp_path):
-    """command(lr=0.1, ...) -> the arguments of a tiny run in tmp_path/runs/a, which a keyword can change; None leaves
-    a flag out, True gives it without a value."""
+    """command(lr=0.1, ...) -> the arguments of a tiny run in tmp_path/runs/a, which keywords change; None
+    leaves a flag out, True gives it without a value."""
     def arguments(**flags):
         files = dict(student=pair / "student", teacher=pair / "teacher", data=pair / "train.jsonl",
                      eval_data=pair / "test.jsonl", runs=tmp_path / "runs")
