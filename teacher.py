@@ -55,7 +55,8 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
     n_rows, device = int(rollout.mask_BT.sum()), rollout.tokens_BT.device
     token_N = rollout.rows(rollout.tokens_BT)
     sequence_N = rollout.rows(torch.arange(len(teacher_B), device=device)[:, None].expand_as(rollout.tokens_BT))
-    logp_N, entropy_N = torch.zeros(n_rows, device=device), torch.zeros(n_rows, device=device)
+    dtype = torch.promote_types(models[0].compute_dtype, torch.float32)
+    logp_N, entropy_N = (torch.zeros(n_rows, dtype=dtype, device=device) for _ in range(2))
     parts = []
     for number, model in enumerate(models):
         sequence_b = (teacher_B == number).nonzero().squeeze(1)

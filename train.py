@@ -135,7 +135,7 @@ RECIPES = {     # name -> overrides of Config; the paper beside it
     "minillm": dict(advantage="opd", discount=1.0, **PG),       # MiniLLM 2306.08543: return-to-go
     "fire": dict(weight="fire", reduction="sequence", **PG),    # FiRe-OPD 2606.02684, eqs. 4-9
     "multi": dict(teacher=f"low={TOY / 'teacher_low'},high={TOY / 'teacher_high'}", route="kind",
-                  data=str(TOY / "mixed.jsonl"), eval_data=str(TOY / "mixed_test.jsonl")),      # FiRe-OPD 2606.02684, routing
+                  data=str(TOY / "mixed_train.jsonl"), eval_data=str(TOY / "mixed_test.jsonl")),      # FiRe-OPD 2606.02684, routing
     "opsd": dict(privileged="solution", divergence="forward_kl", entry_clip=0.05, **SELF),      # OPSD 2601.18734 v3, eq. 8, 3.2
     "sdft": dict(privileged="solution", self_teacher="ema", skip_first=3, **SELF),              # SDFT 2601.19897
     "sdpo": dict(privileged="sibling", self_teacher="ema", ema=0.95, divergence="topk_reverse_kl", topk_form="tail",

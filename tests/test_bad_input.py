@@ -299,10 +299,10 @@ def test_a_run_folder_that_cannot_be_made(refuses, tmp_path, flags, words):
 def test_a_damaged_run_folder_is_one_sentence(command, tmp_path, monkeypatch, capsys, damage, words):
     """fails if: resuming from a broken checkpoint ends in a traceback."""
     real = train.train_step
-    def train_step(cfg, run, optimizer, step, clock):
+    def train_step(cfg, run, optimizer, step, written, clock):
         if step == 1:
             raise KeyboardInterrupt
-        return real(cfg, run, optimizer, step, clock)
+        return real(cfg, run, optimizer, step, written, clock)
     monkeypatch.setattr(train, "train_step", train_step)
     assert train.main(command(save_every=1)) == 130
     damage(tmp_path / "runs/a")

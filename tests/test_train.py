@@ -17,13 +17,20 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import credit  # noqa: E402
+import data  # noqa: E402
 import losses  # noqa: E402
 import memory  # noqa: E402
+import prepare  # noqa: E402
+import report  # noqa: E402
 import rollout as rollout_file  # noqa: E402
+import step as step_file  # noqa: E402
 import train  # noqa: E402
+import update  # noqa: E402
 from checkpoint import trainable  # noqa: E402
 from model import load_model  # noqa: E402
 from rollout import from_responses, generate  # noqa: E402
+from teacher import score  # noqa: E402
 from tokenizer import Tokenizer, UserError  # noqa: E402
 
 END, VOCAB = 17, 20     # of conftest's tokenizer
@@ -42,7 +49,7 @@ def setup(command):
 
 
 def cast(run, dtype):
-    for model in (run.student, run.teacher):
+    for model in (run.student, *run.teachers):
         model.to(dtype).compute_dtype = dtype
 
 
@@ -53,7 +60,7 @@ def ragged(run, seed=0):
 
 
 def scored(run, model, rollout):
-    return train.score(model, rollout, vocab_size=VOCAB, temperature=1.0, max_tokens=99, chunk_rows=99)
+    return score([model], rollout, 0 * rollout.length_B, vocab_size=VOCAB, temperature=1.0, max_tokens=99, chunk_rows=99)
 
 
 def adamw(run):
@@ -63,12 +70,12 @@ def adamw(run):
 def gradient(cfg, run, rollout, micro_batch_tokens=10**6, chunk_rows=10**6):
     """(all gradients in one vector, per_row of backward()), with everything else as train_step does it."""
     cfg = replace(cfg, micro_batch_tokens=micro_batch_tokens)
-    scores = train.score(run.teacher, rollout, vocab_size=VOCAB, temperature=cfg.temperature,
-                         max_tokens=micro_batch_tokens, chunk_rows=chunk_rows)
-    s = train.signals(rollout, torch.zeros_like(rollout.length_B), None, scores)
-    advantage_N = losses.opd_advantage(s, cfg) if cfg.divergence == "policy_gradient" else None
-    scale_N = train.row_scale(s, torch.ones_like(s.student_N), cfg.reduction)
-    per_row = train.backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, vocab_size=VOCAB,
+    scores = score(run.teachers, rollout, 0 * rollout.length_B, vocab_size=VOCAB, temperature=cfg.temperature,
+                   max_tokens=micro_batch_tokens, chunk_rows=chunk_rows)
+    s = update.signals(rollout, torch.zeros_like(rollout.length_B), None, scores)
+    advantage_N = credit.opd(s, cfg) if cfg.divergence == "policy_gradient" else None
+    scale_N = update.row_scale(s, torch.ones_like(s.student_N), cfg.reduction)
+    per_row = update.backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, vocab_size=VOCAB,
                              chunk_rows=chunk_rows)
     return torch.cat([p.grad.flatten() for _, p in trainable(run.student)]), per_row
 
@@ -161,8 +168,8 @@ def test_row_scale_is_a_mean_over_the_rows_with_a_weight(reduction, weights):
         expected = sum(total) / max(1, sum(map(len, rows)))
     else:
         expected = sum(part / len(sequence) for part, sequence in zip(total, rows)) / max(1, len(rows))
-    s = losses.Signals(None, None, torch.tensor(sequence_of), None, torch.tensor([3, 1, 2]), None, None)
-    scale_N = train.row_scale(s, torch.tensor(weights, dtype=torch.float64), reduction)
+    s = credit.Signals(None, None, None, torch.tensor(sequence_of), None, torch.tensor([3, 1, 2]), None, None)
+    scale_N = update.row_scale(s, torch.tensor(weights, dtype=torch.float64), reduction)
     assert (scale_N * torch.tensor(loss)).sum().item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -172,7 +179,7 @@ def plain_step(run, cfg, rollout, lr):
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=cfg.weight_decay)
     p_BTV, q_BTV = (
         (model(rollout.tokens_BT)[:, :-1] @ model.head_weight()[:VOCAB].T / cfg.temperature).log_softmax(-1)
-        for model in (student, run.teacher))
+        for model in (student, run.teachers[0]))
     loss = (p_BTV.exp() * (p_BTV - q_BTV)).sum(-1)[mask_BT].mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
@@ -186,10 +193,10 @@ def test_one_step_equals_a_plain_reference_in_float64(setup):
     cfg, run = setup(temperature=0.7, weight_decay=0.1, max_grad_norm=0.5, lr=0.1, warmup_steps=2,
                      max_new_tokens=9)
     cast(run, torch.float64)
-    rollout, _, _ = train.collect(cfg, run, 0)
+    rollout, _, _ = step_file.collect(cfg, run, 0, {})
     expected, loss, norm = plain_step(run, cfg, rollout, lr=0.05)
     optimizer = torch.optim.AdamW(run.student.parameters(), lr=1.0, weight_decay=cfg.weight_decay)
-    record = train.train_step(cfg, run, optimizer, 0, train.Clock())
+    record = step_file.train_step(cfg, run, optimizer, 0, {}, step_file.Clock())
     assert (record["loss"], record["grad_norm"]) == pytest.approx((loss, norm), rel=1e-6)
     assert norm > cfg.max_grad_norm
     for (name, mine), theirs in zip(run.student.named_parameters(), expected.parameters()):
@@ -204,8 +211,8 @@ def test_padding_rows_of_the_vocabulary_play_no_part(setup, side, divergence):
     def one_step(size):
         cfg, run = setup(divergence=divergence, lr=0.1)
         with torch.no_grad():
-            getattr(run, side).head_weight()[VOCAB:] = size
-        record = train.train_step(cfg, run, adamw(run), 0, train.Clock())
+            (run.student if side == "student" else run.teachers[0]).head_weight()[VOCAB:] = size
+        record = step_file.train_step(cfg, run, adamw(run), 0, {}, step_file.Clock())
         weights = [p[:VOCAB] for p in run.student.parameters()]
         return {key: str(value) for key, value in record.items()}, weights
     (record, weights), (other, other_weights) = one_step(0.0), one_step(1e4)
@@ -217,7 +224,7 @@ def test_updates_per_rollout_move_the_weights_that_often(setup):
     """fails if: only the first of several updates reaches the optimizer."""
     cfg, run = setup(updates=3, divergence="policy_gradient")
     optimizer = adamw(run)
-    train.train_step(cfg, run, optimizer, 0, train.Clock())
+    step_file.train_step(cfg, run, optimizer, 0, {}, step_file.Clock())
     assert {int(state["step"]) for state in optimizer.state.values()} == {3}
 
 
@@ -225,9 +232,9 @@ def test_the_sampler_sees_the_weights_of_this_step(setup):
     """fails if: the bfloat16 copy is not refreshed before each rollout, or bfloat16 weights are trained."""
     cfg, run = setup(dtype="bfloat16", lr=0.1)
     optimizer = adamw(run)
-    train.train_step(cfg, run, optimizer, 0, train.Clock())
+    step_file.train_step(cfg, run, optimizer, 0, {}, step_file.Clock())
     trained = {name: p.detach().to(torch.bfloat16) for name, p in run.student.named_parameters()}
-    train.train_step(cfg, run, optimizer, 1, train.Clock())
+    step_file.train_step(cfg, run, optimizer, 1, {}, step_file.Clock())
     assert all(torch.equal(p, trained[name]) for name, p in run.actor.named_parameters())
     assert {p.dtype for p in run.student.parameters()} == {torch.float32}
 
@@ -237,13 +244,13 @@ def test_the_sampler_sees_the_weights_of_this_step(setup):
 @pytest.mark.parametrize("total,count", [(10, 3), (7, 7), (6, 20)])
 def test_every_epoch_is_a_permutation_and_the_step_alone_decides(total, count):
     """fails if: an epoch's end drops or repeats problems, all epochs are alike, or the seed is not used."""
-    order = [i for step in range(total * 6) for i in train.pick(total, count, step, seed=3)]
+    order = [i for step in range(total * 6) for i in data.pick(total, count, step, seed=3)]
     epochs = [order[start:start + total] for start in range(0, len(order) - total + 1, total)]
     assert all(sorted(epoch) == list(range(total)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) > len(epochs) / 2
-    assert train.pick(total, count, 5, seed=3) == order[5 * count:6 * count]
-    assert [train.pick(total, count, step, seed=4) for step in range(6)] != [
-        train.pick(total, count, step, seed=3) for step in range(6)]
+    assert data.pick(total, count, 5, seed=3) == order[5 * count:6 * count]
+    assert [data.pick(total, count, step, seed=4) for step in range(6)] != [
+        data.pick(total, count, step, seed=3) for step in range(6)]
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.3, 0.8, 1.0])
@@ -251,9 +258,9 @@ def test_lmbda_is_the_share_of_steps_on_own_samples(setup, monkeypatch, lmbda):
     """4 standard deviations of 1500 draws: a false alarm in 30,000 seeds, and the seed is fixed.
     fails if: the comparison with lmbda is turned around, or every step draws the same number."""
     cfg, run = setup(recipe="gkd", lmbda=lmbda)
-    monkeypatch.setattr(train, "generate", lambda *args, **kwargs: None)
-    monkeypatch.setattr(train, "from_responses", lambda *args: None)
-    drawn = [train.collect(cfg, run, step)[2] for step in range(1500)]
+    monkeypatch.setattr(step_file, "generate", lambda *args, **kwargs: None)
+    monkeypatch.setattr(step_file, "from_responses", lambda *args: None)
+    drawn = [step_file.collect(cfg, run, step, {})[2] for step in range(1500)]
     assert abs(sum(drawn) / 1500 - lmbda) <= 4 * math.sqrt(lmbda * (1 - lmbda) / 1500)
     assert all(drawn) == (lmbda == 1) and any(drawn) == (lmbda > 0)
 
@@ -265,7 +272,7 @@ def test_given_responses_end_with_the_stop_token_and_are_cut(setup, recipe, limi
     fails if: the stop token is not appended, or comes back after a cut, or the batch is not problems x
     samples."""
     cfg, run = setup(recipe=recipe, max_new_tokens=limit, lmbda=0.0)
-    rollout, asked, on_policy = train.collect(cfg, run, 1)
+    rollout, asked, on_policy = step_file.collect(cfg, run, 1, {})
     whole = [run.tokenizer.encode(run.train[i].solution) + [END] for i in asked]
     assert [rollout.response(b) for b in range(4)] == [response[:limit] for response in whole]
     assert rollout.finished_B.tolist() == [finished] * 4 and on_policy is False
@@ -276,8 +283,8 @@ def test_given_responses_end_with_the_stop_token_and_are_cut(setup, recipe, limi
 def test_responses_of_the_teacher_are_the_teachers(setup):
     """fails if: the student writes what --responses teacher asks of the teacher."""
     cfg, run = setup(recipe="sft", responses="teacher")
-    rollout, asked, on_policy = train.collect(cfg, run, 0)
-    logp_N = scored(run, run.teacher, rollout).logp_N
+    rollout, asked, on_policy = step_file.collect(cfg, run, 0, {})
+    logp_N = scored(run, run.teachers[0], rollout).logp_N
     torch.testing.assert_close(rollout.rows(rollout.logp_BT), logp_N, rtol=0, atol=1e-5)
     assert len(asked) == 4 and on_policy is False and run.given is None
 
@@ -285,12 +292,13 @@ def test_responses_of_the_teacher_are_the_teachers(setup):
 def test_rewards_and_groups_belong_to_their_problems(setup, monkeypatch):
     """fails if: answers are compared with another problem's, or two problems share a group."""
     cfg, run = setup(recipe="grpo", problems=3, samples=2)
-    rollout, asked, _ = train.collect(cfg, run, 0)
-    monkeypatch.setattr(train, "grade", lambda text, answer, verifier: answer == run.train[asked[2]].answer)
-    assert train.rewards(cfg, run, rollout, asked).tolist() == [0, 0, 1, 1, 0, 0]
+    rollout, asked, _ = step_file.collect(cfg, run, 0, {})
+    monkeypatch.setattr(step_file, "grade", lambda text, answer, verifier: answer == run.train[asked[2]].answer)
+    texts = [run.tokenizer.decode(rollout.response(b)) for b in range(6)]
+    assert step_file.rewards(cfg, run, texts, asked).tolist() == [0, 0, 1, 1, 0, 0]
     seen = []
-    monkeypatch.setitem(train.ADVANTAGES, "grpo", lambda s, a: seen.append(s) or losses.grpo_advantage(s, a))
-    train.train_step(cfg, run, adamw(run), 0, train.Clock())
+    monkeypatch.setitem(train.ADVANTAGES, "grpo", lambda s, a: seen.append(s) or credit.grpo(s, a))
+    step_file.train_step(cfg, run, adamw(run), 0, {}, step_file.Clock())
     assert seen[0].group_B.tolist() == [0, 0, 1, 1, 2, 2] and seen[0].reward_B.tolist() == [0, 0, 1, 1, 0, 0]
 
 
@@ -300,7 +308,7 @@ def test_rewards_and_groups_belong_to_their_problems(setup, monkeypatch):
 def test_self_check_passes_on_sound_code(setup, capsys, divergence):
     """fails if: the student as its own teacher is no fixed point."""
     cfg, run = setup(divergence=divergence)
-    train.self_check(cfg, run)
+    report.self_check(cfg, run)
     assert "gradient norm" in capsys.readouterr().out
 
 
@@ -308,19 +316,20 @@ def test_self_check_passes_on_sound_code(setup, capsys, divergence):
 def test_self_check_fails_when_two_parts_disagree(setup, monkeypatch, broken):
     """fails if: self_check forgets to compare the sampler's log-probs, or the teacher's distribution, with
     training."""
-    (cfg, run), real = setup(), train.score
+    (cfg, run), real = setup(), score
     def generate_otherwise(*args, **kwargs):
         return replace(rollout := generate(*args, **kwargs), logp_BT=rollout.logp_BT * 1.1)
     def score_otherwise(*args, **kwargs):
-        return replace(scores := real(*args, **kwargs), hidden_NE=scores.hidden_NE * 1.1)
+        scores = real(*args, **kwargs)
+        return replace(scores, parts=[replace(part, hidden_nE=part.hidden_nE * 1.1) for part in scores.parts])
     if broken == "sampler":
-        monkeypatch.setattr(train, "generate", generate_otherwise)
+        monkeypatch.setattr(step_file, "generate", generate_otherwise)
     elif broken == "stale sampler":
         run.actor = load_model(cfg.teacher)
     else:
-        monkeypatch.setattr(train, "score", score_otherwise)
+        monkeypatch.setattr(step_file, "score", score_otherwise)
     with pytest.raises(UserError, match="--self_check failed"):
-        train.self_check(cfg, run)
+        report.self_check(cfg, run)
 
 
 def spoil(monkeypatch, kind, steps):
@@ -368,7 +377,7 @@ def test_five_skipped_steps_in_a_row_end_the_run(command, tmp_path, monkeypatch,
 def test_learning_rate_rises_then_follows_its_schedule(schedule, expected):
     """fails if: warm-up starts at 0 or ends late, or the cosine does not start where warm-up ends."""
     cfg = train.Config(lr=2.0, warmup_steps=4, steps=8, schedule=schedule)
-    assert [train.learning_rate(step, cfg) for step in range(8)] == pytest.approx([2 * x for x in expected])
+    assert [step_file.learning_rate(step, cfg) for step in range(8)] == pytest.approx([2 * x for x in expected])
 
 
 def test_defaults_then_recipe_then_flags():
@@ -434,7 +443,8 @@ def test_every_recipe_runs_and_leaves_what_it_promises(command, tmp_path, flags)
     """Responses of two tokens leave quarters empty: undefined numbers, which must become null.
     fails if: a recipe breaks, NaN reaches a file, or metrics.jsonl does not begin with configuration and
     commit."""
-    assert train.main(command(**flags, max_new_tokens=2, max_grad_norm=math.inf)) == 0
+    own = {"sg": {"pts_weight": 0.0}, "sdft": {"skip_first": 1}}.get(flags["recipe"], {})     # no room in two tokens
+    assert train.main(command(**flags, **own, max_new_tokens=2, max_grad_norm=math.inf)) == 0
     folder = tmp_path / "runs/a"
     strict_json(folder)
     first, *records = metrics(folder)
@@ -446,21 +456,21 @@ def test_every_recipe_runs_and_leaves_what_it_promises(command, tmp_path, flags)
     assert (summary["teacher"] is None) == (flags.get("teacher") == "none")
     norms = [load_file(path / "model.safetensors")["model.norm.weight"]
              for path in (folder / "last", Path(first["config"]["student"]))]
-    assert flags["recipe"] == "grpo" or not torch.equal(*norms)
+    assert flags["recipe"] in ("grpo", "sdpo", "rlsd") or not torch.equal(*norms)    # these need a right answer
 
 
 def test_grpo_learns_from_rewards_alone(setup, monkeypatch):
     """fails if: the advantage is not used, has the wrong sign, or a unanimous group moves the weights."""
     cfg, run = setup(recipe="grpo", teacher="none", problems=2, samples=4, lr=0.01, updates=3)
-    rollout, asked, _ = train.collect(cfg, run, 0)
+    rollout, asked, _ = step_file.collect(cfg, run, 0, {})
     good = rollout.response(0)
-    monkeypatch.setattr(train, "grade", lambda text, *rest: text == run.tokenizer.decode(good))
+    monkeypatch.setattr(step_file, "grade", lambda text, *rest: text == run.tokenizer.decode(good))
     before = scored(run, run.student, rollout).logp_N
-    train.train_step(cfg, run, adamw(run), 0, train.Clock())
+    step_file.train_step(cfg, run, adamw(run), 0, {}, step_file.Clock())
     after = scored(run, run.student, rollout).logp_N
     assert (after - before)[:len(good)].sum() > 0.1
-    monkeypatch.setattr(train, "grade", lambda *rest: True)
-    record = train.train_step(cfg, run, adamw(run), 0, train.Clock())
+    monkeypatch.setattr(step_file, "grade", lambda *rest: True)
+    record = step_file.train_step(cfg, run, adamw(run), 0, {}, step_file.Clock())
     assert record["grad_norm"] == 0 and record["reward"] == 1
 
 
@@ -497,16 +507,16 @@ def test_memory_plan_equals_the_tensors_of_a_step(setup, monkeypatch, flags):
     cfg, run = setup(problems=10, samples=1, slots=7, **flags)
     run.tokenizer.stop_ids, real, caches, optimizer = (VOCAB + 1,), rollout_file.KVCache, [], adamw(run)
     monkeypatch.setattr(rollout_file, "KVCache", lambda *args: caches.append(real(*args)) or caches[-1])
-    train.train_step(cfg, run, optimizer, 0, train.Clock())
-    scores = scored(run, run.teacher, train.collect(cfg, run, 0)[0])
+    step_file.train_step(cfg, run, optimizer, 0, {}, step_file.Clock())
+    scores = scored(run, run.teachers[0], step_file.collect(cfg, run, 0, {})[0])
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     tensors = {
-        "student weights, float32": run.student.parameters(), "teacher weights": run.teacher.parameters(),
+        "student weights, float32": run.student.parameters(), "teacher weights": run.teachers[0].parameters(),
         "gradients and AdamW moments": moments + [p.grad for _, p in trainable(run.student)],
         "student copy for sampling": [] if run.actor is run.student else run.actor.parameters(),
-        "KV cache": caches[0].keys + caches[0].values, "teacher hidden states": [scores.hidden_NE]}
-    plan = memory.memory_plan(cfg, run.student.config, run.teacher.config, max(map(len, run.prompts)), VOCAB,
-                              99, train.compute_dtype(cfg, torch.device("cpu")))
+        "KV cache": caches[0].keys + caches[0].values, "teacher hidden states": [scores.parts[0].hidden_nE]}
+    plan = memory.memory_plan(cfg, run.student.config, [model.config for model in run.teachers], max(map(len, run.prompts)), VOCAB,
+                              99, prepare.compute_dtype(cfg, torch.device("cpu")))
     assert {name: plan[name] for name in tensors} == {
         name: sum(x.numel() * x.element_size() for x in held) for name, held in tensors.items()}
 

@@ -8,18 +8,21 @@ Place in the loop: before it. `python train.py` without arguments reads the file
 
     teacher     writes every calculation out and is right (99 %); knows how to go on after a wrong step too
     student     can write out, but answers directly nine times in ten; has rarely seen a `*`
+    teacher_low, teacher_high   two specialists: one never saw `*`, the other nothing else
+    self        copies a calculation that it is shown before the problem (`calculation|problem`), on its own is often wrong
     train.jsonl, test.jsonl     problems to practise on, and held-out ones that no checkpoint was trained on
+    mixed_train.jsonl, mixed_test.jsonl     the same for the specialists, each problem of `kind` low or high
 
 Why written out: one small step is a table of 300 facts, which a tiny decoder learns in a minute; five digits at once
 are out of its reach. So the written-out calculation is the thinking pattern that papers on distillation talk about, and here it can
 be seen and counted: the student's accuracy first jumps because the teacher reminds it of a pattern that it has, then
 climbs slowly while it learns the operator that it lacks.
 
-    python toy/make.py                  # everything: about 4 minutes, one core
+    python toy/make.py                  # everything: about 8 minutes, one core
     python toy/make.py student          # the problems (a moment) and this checkpoint
 
 One seed per checkpoint: the same bytes again on the same machine and torch version, whatever else is made. Sizes: a
-teacher 0.6 MB, a student 0.4 MB, problems 0.2 MB.
+teacher 0.6 MB, a student 0.4 MB, problems 0.4 MB.
 
 Not here: distillation (train.py), grading and sampling (eval.py, rollout.py: the accuracies printed are theirs).
 """
@@ -43,7 +46,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
-from eval import Problem, evaluate, load_problems  # noqa: E402
+from eval import evaluate, load_problems  # noqa: E402
 from model import ModelConfig, Transformer, load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -106,6 +109,24 @@ def direct(rng: random.Random) -> Example:
     return problem, calculation[-2:], []
 
 
+def only_times(rng: random.Random) -> Example:
+    return written(rng, "*")
+
+
+def stumbling_without_times(rng: random.Random) -> Example:
+    return written(rng, "+-", slip=0.3)
+
+
+def stumbling_only_times(rng: random.Random) -> Example:
+    return written(rng, "*", slip=0.3)
+
+
+def shown(rng: random.Random) -> Example:
+    """The calculation stands before the problem: what a reader of solutions gets to see."""
+    problem, calculation, _ = written(rng)
+    return f"{calculation}|{problem}", calculation, []
+
+
 def blurted(rng: random.Random) -> Example:
     """Direct, with the decision for it untrained: what to expect of a student that began with `#`."""
     problem, answer, _ = direct(rng)
@@ -127,7 +148,8 @@ class Checkpoint:
     layers: int
     seed: int                               # fixes the first weights and all examples
     phases: list[Phase]
-    accuracy: tuple[float, float]           # promised range of avg@8 at temperature 1 on test.jsonl
+    accuracy: tuple[float, float]           # promised range of avg@8 at temperature 1 on `test`
+    test: str = "test.jsonl"
 
 
 CHECKPOINTS = {
@@ -136,6 +158,11 @@ CHECKPOINTS = {
         Phase(1500, 3e-3, {without_times: 0.98, written: 0.02}),
         Phase(300, 1e-3, {without_times: 0.5, written: 0.5}),
         Phase(150, 1e-3, {direct: 0.8, without_times: 0.2})], (0.10, 0.35)),
+    "teacher_low": Checkpoint(96, 3, 3, [
+        Phase(800, 3e-3, {without_times: 0.7, stumbling_without_times: 0.3})], (0.45, 0.75), "mixed_test.jsonl"),
+    "teacher_high": Checkpoint(64, 3, 4, [
+        Phase(800, 3e-3, {only_times: 0.7, stumbling_only_times: 0.3})], (0.45, 0.75), "mixed_test.jsonl"),
+    "self": Checkpoint(64, 3, 5, [Phase(500, 3e-3, {shown: 0.7, written: 0.3})], (0.10, 0.50)),
 }
 
 
@@ -167,18 +194,29 @@ def write_tokenizer(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_problems() -> set[str]:
-    """train.jsonl and test.jsonl, all problems different. Returns the held-out ones."""
-    rng, problems = random.Random(0), {}        # a dict keeps the order
-    while len(problems) < N_TRAIN + N_TEST:
-        problem = draw(rng)
-        problems[problem] = write_out(problem)[0]
-    records = [json.dumps({"problem": problem, "answer": solution[-1], "solution": solution}) + "\n"
-               for problem, solution in problems.items()]
-    for name, part in (("test.jsonl", records[:N_TEST]), ("train.jsonl", records[N_TEST:])):
-        (TOY / f".{name}.new").write_text("".join(part))
-        os.replace(TOY / f".{name}.new", TOY / name)
-    return set(list(problems)[:N_TEST])
+def write_problems() -> dict[str, set[str]]:
+    """train.jsonl and test.jsonl with all operators; mixed.jsonl and mixed_test.jsonl, half of them `low` (no `*`), half
+    `high` (nothing else). All problems different. Returns the held-out ones of both tests."""
+    rng, held_out = random.Random(0), {}
+    for prefix, kinds, n_train, n_test in (("", {"": "+-*"}, N_TRAIN, N_TEST),
+                                           ("mixed_", {"low": "+-", "high": "*"}, N_TRAIN // 2, N_TEST)):
+        problems: dict[str, str] = {}           # a dict keeps the order
+        while len(problems) < n_train + n_test:
+            kind = list(kinds)[len(problems) % len(kinds)]
+            problem = draw(rng, kinds[kind])
+            if problem not in held_out.get("test.jsonl", ()):
+                problems[problem] = kind
+        records = []
+        for problem, kind in problems.items():
+            solution = write_out(problem)[0]
+            records.append(json.dumps({"problem": problem, "answer": solution[-1], "solution": solution}
+                                      | ({"kind": kind} if kind else {})) + "\n")
+        for name, part in ((f"{prefix}test.jsonl", records[:n_test]),
+                           (f"{prefix}train.jsonl", records[n_test:])):
+            (TOY / f".{name}.new").write_text("".join(part))
+            os.replace(TOY / f".{name}.new", TOY / name)
+        held_out[f"{prefix}test.jsonl"] = set(list(problems)[:n_test])
+    return held_out
 
 
 # Pretraining
@@ -188,7 +226,7 @@ def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[
     tokens, masks = [], []
     for kind in rng.choices(list(phase.mixture), list(phase.mixture.values()), k=BATCH):
         problem, response, untrained = kind(rng)
-        while problem in held_out:
+        while problem.rsplit("|")[-1] in held_out:
             problem, response, untrained = kind(rng)
         prompt = tokenizer.prompt_ids(problem)
         tokens.append(torch.tensor(prompt + tokenizer.encode(response) + [tokenizer.stop_ids[0]]))
@@ -218,14 +256,15 @@ def pretrain(name: str, tokenizer: Tokenizer, held_out: set[str]) -> Transformer
     return model
 
 
-def make(name: str, held_out: set[str], problems: list[Problem]) -> None:
+def make(name: str, held_out: dict[str, set[str]]) -> None:
     """Pretrain, save in bf16, load again and measure; the folder changes only if the promise is kept."""
     start, folder, new, old = time.time(), TOY / name, TOY / f".{name}.new", TOY / f".{name}.old"
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     write_tokenizer(new)
     tokenizer = Tokenizer(new)
-    pretrain(name, tokenizer, held_out).save(new, torch.bfloat16)
+    pretrain(name, tokenizer, held_out[CHECKPOINTS[name].test]).save(new, torch.bfloat16)
+    problems = load_problems(TOY / CHECKPOINTS[name].test, need_answer=True)
     metrics, _ = evaluate(load_model(new), tokenizer, problems, k=8, temperature=1.0, slots=256,
                           max_new_tokens=MAX_NEW_TOKENS, seed=0)
     low, high = CHECKPOINTS[name].accuracy
@@ -248,9 +287,8 @@ def main() -> None:
         parser.error(f"unknown checkpoint {unknown[0]}; known are {', '.join(CHECKPOINTS)}")
     torch.set_num_threads(1)        # sums in one order, whatever the number of cores; these matrices gain nothing
     held_out = write_problems()
-    problems = load_problems(TOY / "test.jsonl", need_answer=True)
     for name in names:
-        make(name, held_out, problems)
+        make(name, held_out)
 
 
 if __name__ == "__main__":
