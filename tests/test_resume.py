@@ -33,6 +33,12 @@ WEIGHTS = ("last/model.safetensors", "last/trainer.safetensors")
 REAL_STEP = train.train_step
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """No test can pull the plug, so nothing here needs the seconds that fsync takes on a busy disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def result(folder):
     """What must not depend on interruptions: weights, moments, links, records and held-out answers."""
     def without_seconds(value):
@@ -350,6 +356,21 @@ def small_run(folder, tokenizer, steps=4):
             state["best_step"] = step
         run.save(step, model, tokenizer, optimizer, state, best=state["best_step"] == step)
     run.write_summary({"step": steps})
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, pair, monkeypatch):
+    """fails if: a file of a checkpoint, or one of the small files, is renamed before it is flushed."""
+    flushed, renamed, real = [], [], os.replace
+    def replace(source, target):
+        if not Path(source).is_symlink():
+            assert {Path(source), *Path(source).glob("*")} <= set(flushed)
+            renamed.append(Path(target).name)
+        real(source, target)
+    monkeypatch.setattr(checkpoint, "flush", flushed.append)
+    monkeypatch.setattr(os, "replace", replace)
+    small_run(tmp_path / "run", Tokenizer(pair / "student"), steps=2)
+    assert {"config.json", "metrics.jsonl", "step-000001", "step-000002", "summary.json"} <= set(renamed)
+    assert flushed.count(tmp_path / "run") == 2
 
 
 def disk_full():
