@@ -12,6 +12,7 @@ P problems    K samples of each    B = P * K sequences    T positions
 Not here: prompt wording (it belongs to the data), chat templates (tokenizer.py), sampling (rollout.py).
 """
 import argparse
+import difflib
 import json
 import math
 import os
@@ -340,8 +341,20 @@ def template_variable(text: str) -> tuple[str, object]:
         return name, value
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is one sentence, not a page of usage."""
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[1], flags, 1)
+            hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
+            message = f"unknown flag {unknown[1]}{hint}"
+        raise UserError(message)
+
+
 def run(argv: list[str] | None) -> dict:
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Sample, grade, print metrics as JSON.",
+    parser = Parser(allow_abbrev=False, description="Sample, grade, print metrics as JSON.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--model", required=True, help="folder or hub id of a checkpoint in Hugging Face layout")

@@ -461,8 +461,11 @@ def fill(parameters: dict, unfilled: set, name: str, tensors, file: Path) -> tor
     if name not in unfilled:
         raise UserError(f"{file}: tensor {name} appears in more than one file")
     unfilled.remove(name)
+    tensor = tensors.get_tensor(name)
+    if not tensor.isfinite().all():
+        raise UserError(f"{file}: tensor {name} holds NaN or infinity; the run that wrote it went wrong before")
     with torch.no_grad():
-        parameters[name].copy_(tensors.get_tensor(name))
+        parameters[name].copy_(tensor)
     return DISK_DTYPES[info.get_dtype()]
 
 

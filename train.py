@@ -10,7 +10,6 @@ A recipe is a row of overrides, and any flag after it overrides the recipe. The 
 again goes on where it was stopped. Nothing imports this file; Config is the only place where defaults live.
 """
 import argparse
-import difflib
 import importlib.util
 import math
 import os
@@ -29,7 +28,7 @@ from tqdm import tqdm
 import losses
 from checkpoint import RunFolder, trainable
 from credit import ADVANTAGES, WEIGHTS, CreditArgs
-from eval import evaluate, metrics_of
+from eval import Parser, evaluate, metrics_of
 from losses import DIVERGENCES, LossArgs, opt
 from prepare import Setup, needs, parse_teachers, set_up
 from report import report, self_check
@@ -157,14 +156,6 @@ RECIPES = {     # name -> overrides of Config; the paper beside it
 
 def parse(argv: list[str]) -> tuple[Config, list[str]]:
     """(Config, the flags that were given). Defaults, then the recipe's row, then the flags."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-                flags = [flag for action in self._actions for flag in action.option_strings]
-                close = difflib.get_close_matches(unknown[1], flags, 1)
-                hint = f"; did you mean {close[0]}?" if close else "; --help lists them all"
-                message = f"unknown flag {unknown[1]}{hint}"
-            raise UserError(message)
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.name.upper()}

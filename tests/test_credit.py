@@ -195,8 +195,8 @@ ADVANTAGE_REF = {       # an entry without a line here fails test_every_entry_ha
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name,args", [(n, a) for n, (_, all_args) in ADVANTAGE_REF.items() for a in all_args], ids=args_id)
 def test_an_advantage_equals_the_loop(name, args, seed):
-    """fails if: any sign, mean, mask or branch of an advantage changes; std divides by n; the factor of sg is a float32;
-    margins are taken over the step; weights of scope over the whole group"""
+    """fails if: any sign, mean, mask or branch of an advantage changes; std divides by n; the factor of sg is
+    a float32; margins are taken over the step; weights of scope over the whole group"""
     s = a_step(seed)
     step = lists(s)
     close(ADVANTAGES[name](s, args), [ADVANTAGE_REF[name][0](step, y, args) for y in step])
@@ -257,8 +257,8 @@ WEIGHT_REF = {
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name,args", [(n, a) for n, (f, all_args) in WEIGHT_REF.items() if f for a in all_args], ids=args_id)
 def test_a_weight_equals_the_loop(name, args, seed):
-    """fails if: fire ranks by the sum, swaps the two entropies or divides by the mean of the step; tip multiplies the two
-    scores or scales by the largest alone; reopold keeps what lies below its floor"""
+    """fails if: fire ranks by the sum, swaps the two entropies or divides by the mean of the step; tip
+    multiplies the two scores or scales by the largest alone; reopold keeps what lies below its floor"""
     s = a_step(seed)
     close(WEIGHTS[name](s, args), WEIGHT_REF[name][0](lists(s), args))
 
@@ -270,8 +270,8 @@ def test_every_entry_has_a_loop():
 
 @pytest.mark.parametrize("table,name", [(t, n) for t in ("ADVANTAGES", "WEIGHTS") for n in globals()[t]])
 def test_an_entry_keeps_float32_its_inputs_and_the_order_of_sequences(table, name):
-    """fails if: a result is not of student_N's dtype and shape, an argument is written in place, or a rule looks across
-    sequences by their place in the step instead of their problem"""
+    """fails if: a result is not of student_N's dtype and shape, an argument is written in place, or a rule
+    looks across sequences by their place in the step instead of their problem"""
     s, function, args = a_step(4, torch.float32), globals()[table][name], CreditArgs()
     before = {key: x.clone() for key, x in s._asdict().items() if isinstance(x, torch.Tensor)}
     value_N = function(s, args)
@@ -303,7 +303,8 @@ def test_an_entry_needs_what_its_table_says(what, fields):
 # Advantages by hand.
 
 def test_opd_returns_stay_inside_their_sequence():
-    """fails if: the sum runs over the end of a sequence, discounts from the front, or leaves out the token itself"""
+    """fails if: the sum runs over the end of a sequence, discounts from the front, or leaves out the token
+    itself"""
     s = of_lists(teacher=[[1.0, 2.0, 4.0], [8.0, 16.0], [32.0]], student=[[0.0] * 3, [0.0] * 2, [0.0]])
     close(advantage("opd", s), [1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     close(advantage("opd", s, discount=0.5), [3.0, 4.0, 4.0, 16.0, 16.0, 32.0])
@@ -321,7 +322,8 @@ def test_grpo_by_hand(std):
 @pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_unanimous_group_gets_exactly_zero(dtype, std):
-    """fails if: an epsilon replaces the choice on variance > 0, or deviations are taken from a rounded mean of 0.1"""
+    """fails if: an epsilon replaces the choice on variance > 0, or deviations are taken from a rounded mean
+    of 0.1"""
     group = [g for g in range(19) for _ in range(g + 1)]
     for reward in (0.0, 1.0, 0.1, 0.3, -1 / 3):
         s = of_lists(student=[[0.0]] * len(group), group=group, reward=[(reward, 0.7)[g % 2] for g in group], dtype=dtype)
@@ -329,7 +331,8 @@ def test_a_unanimous_group_gets_exactly_zero(dtype, std):
 
 
 def test_exopd_at_1_is_opd_bit_for_bit():
-    """fails if: the advantage is assembled as x (log q - log r) - (log b - log r), which rounds differently"""
+    """fails if: the advantage is assembled as x (log q - log r) - (log b - log r), which rounds
+    differently"""
     for dtype in (torch.float32, F64):
         s = a_step(dtype=dtype)
         assert torch.equal(advantage("exopd", s, extrapolate=1.0), advantage("opd", s))
@@ -343,9 +346,11 @@ SG = dict(teacher=[[-1.0, -3.0]] * 4, student=[[-2.0, -2.0]] * 4, reference=[[-1
 
 
 def test_sg_extrapolates_where_teacher_and_verifier_agree():
-    """fails if: the gate's product is negated, or z = +-1 replaces the group's verdict (a unanimous group would agree)
+    """fails if: the gate's product is negated, or z = +-1 replaces the group's verdict (a unanimous group
+    would agree)
 
-    Table 1.3 of the paper: right and liked, wrong and disliked agree; the rest, and all of a unanimous group, does not.
+    Table 1.3 of the paper: right and liked, wrong and disliked agree; the rest, and all of a unanimous group,
+    does not.
     """
     agree = [True, False, False, True, False, False, False, False]
     ratio, over = [1.0, -1.0] * 4, [0.5, -0.75] * 4
@@ -366,7 +371,8 @@ def test_sg_with_both_factors_1_is_opd_bit_for_bit(form):
 
 @pytest.mark.parametrize("c", [1.25, 0.5, 1.8])
 def test_sg_with_one_factor_is_exopd(c):
-    """fails if: the reference form scales the log-ratio instead of extrapolating, or reads another model than r"""
+    """fails if: the reference form scales the log-ratio instead of extrapolating, or reads another model than
+    r"""
     s = a_step()
     close(advantage("sg", s, sg_agree=c, sg_conflict=c), advantage("exopd", s, extrapolate=c), 1e-15)
 
@@ -398,7 +404,8 @@ def test_sg_leaves_unanimous_groups_and_cut_responses_alone():
 
 @pytest.mark.parametrize("form", ["reference", "scale"])
 def test_sg_controls(form):
-    """fails if: the random gate draws a share of its own, takes the global stream, or is the sign gate; `all` leaves some"""
+    """fails if: the random gate draws a share of its own, takes the global stream, or is the sign gate; `all`
+    leaves some"""
     s = a_step(1)
     opd_N = advantage("opd", s)
     def gated(gate, seed=0):
@@ -420,7 +427,8 @@ def test_opdvr_keeps_only_what_the_verifier_backs():
 
 @pytest.mark.parametrize("progress,coef", [(0.0, 5e-3), (0.5, 3e-3), (1.0, 1e-3)])
 def test_kdrl_anneals_and_masks(progress, coef):
-    """fails if: the coefficients swap, the group mask takes the response's own reward, or grpo is masked as well"""
+    """fails if: the coefficients swap, the group mask takes the response's own reward, or grpo is masked as
+    well"""
     s = of_lists(teacher=[[-1.0]] * 4, student=[[-2.0]] * 4, group=[0, 0, 1, 1], reward=[1.0, 0.0, 0.0, 0.0])._replace(
         progress=progress)
     a = 0.5 ** 0.5
@@ -433,7 +441,8 @@ UNI = dict(teacher=[[0.5, 0.1], [-0.3], [0.4, 0.0, 0.2], [1.0], [-1.0]], student
 
 
 def test_uni_moves_both_sides_by_half_of_what_is_missing():
-    """fails if: all of it lands on each side, a satisfied group moves, or minmax takes the best of the right ones
+    """fails if: all of it lands on each side, a satisfied group moves, or minmax takes the best of the right
+    ones
 
     Group 0: right means 0.3 and -0.3, wrong mean 0.2: gap -0.2, worst against best -0.5. Group 1: gap 2.
     """
@@ -464,10 +473,11 @@ def test_rlsd_takes_the_sign_from_the_verifier():
     (dict(scope_temperature=0.5), (0.4, 1.6), (32 / 17, 2 / 17)),
     (dict(scope_temperature=2.0), (2 / (1 + 2 ** 0.5), 2 / (1 + 0.5 ** 0.5)), (4 / 3, 2 / 3))], ids=str)
 def test_scope_by_hand(args, right, wrong):
-    """fails if: weights are left summing to 1, one half's mean is taken for the other, the temperature multiplies
+    """fails if: weights are left summing to 1, one half's mean is taken for the other, the temperature
+    multiplies
 
-    Perplexities: of the student on two right responses 2 and 4, of the teacher on two wrong ones 2 and 8. A singleton
-    counts 1, whatever its perplexity.
+    Perplexities: of the student on two right responses 2 and 4, of the teacher on two wrong ones 2 and 8. A
+    singleton counts 1, whatever its perplexity.
     """
     two, four, eight = -math.log(2), -math.log(4), -math.log(8)
     s = of_lists(student=[[two, two], [2 * four, 0.0], [-2.0], [-3.0], [-9.0], [-1.0]], group=[0, 0, 0, 0, 1, 2],
@@ -513,7 +523,8 @@ def kept(s, **args):
 
 
 def test_fire_weight_by_hand():
-    """fails if: confidence is entropy instead of 1 - entropy, one of the two factors goes missing, or the mean stays"""
+    """fails if: confidence is entropy instead of 1 - entropy, one of the two factors goes missing, or the
+    mean stays"""
     s = of_lists(teacher=[[-1.0] * 3], teacher_entropy=[[0.0, 1.0, 2.0]], student_entropy=[[0.0, 0.5, 1.0]])
     close(weight("fire", s), [0.96, 1.08, 0.96])
     close(weight("fire", s, fire_beta=0.0), [4 / 3, 1.0, 2 / 3])
@@ -587,7 +598,8 @@ def test_reopold_switches_from_log_ratios_to_entropy_at_half(progress, expected)
 
 
 def test_the_random_weight_is_a_fresh_share_each_step():
-    """fails if: the draw ignores the step's seed, uses the global stream, or keeps another number of tokens"""
+    """fails if: the draw ignores the step's seed, uses the global stream, or keeps another number of
+    tokens"""
     s = a_step()
     n = len(s.token_N)
     for keep in (0.5, 0.1, 1.0):
@@ -604,7 +616,8 @@ def test_the_random_weight_is_a_fresh_share_each_step():
     (dict(skip_first=1, loss_first_n=2), [0, 1, 0, 0, 0, 1]), (dict(skip_tokens="7"), [1, 0, 1, 1, 0, 1]),
     (dict(skip_tokens="7,5"), [0, 0, 1, 1, 0, 1]), (dict(skip_first=1, skip_tokens="8"), [0, 1, 1, 0, 0, 1])])
 def test_where_a_loss_may_be(flags, expected):
-    """fails if: positions count from 1 or over the whole step, loss_first_n 0 means none, or one id alone is skipped"""
+    """fails if: positions count from 1 or over the whole step, loss_first_n 0 means none, or one id alone is
+    skipped"""
     s = of_lists(token=[[5, 7, 6, 8], [7, 6]])
     assert supervised(s, CreditArgs(**flags)).tolist() == expected
 
@@ -646,8 +659,8 @@ def test_what_a_recipe_needs(recipe):
     ("--recipe sft --responses teacher", "teacher", True), ("--recipe sft --advantage sg", "reward", False),
     ("--recipe opd --privileged sibling", "group", True), ("--recipe opd --weight tip", "kl", True)])
 def test_what_flags_need(flags, what, expected):
-    """fails if: an advantage that no loss reads is served, phased sampling goes without answers, sg's scale form pays for
-    a reference"""
+    """fails if: an advantage that no loss reads is served, phased sampling goes without answers, sg's scale
+    form pays for a reference"""
     cfg, _ = train.parse(flags.split())
     assert needs(cfg, what) is expected
 

@@ -33,7 +33,8 @@ def case_id(x):
     ("forward_kl", dict(token_clip=0.05), 0.05), ("forward_kl", dict(token_clip=1.2), 1.157120),
     ("forward_kl", dict(entry_clip=0.05, token_clip=0.01), -0.283824)], ids=str)
 def test_values_of_the_published_row(name, args, value):
-    """fails if: the clip acts on the sum or on both sides, beta weighs the student, token_clip scales small tokens up"""
+    """fails if: the clip acts on the sum or on both sides, beta weighs the student, token_clip scales small
+    tokens up"""
     close(measure(DIVERGENCES[name], P.log(), LossArgs(**args), Q.log())[0], [value], 6e-7)
 
 
@@ -90,8 +91,8 @@ def terms_and_slopes(name, p, q, args):
 @pytest.mark.parametrize("clip", [0.5, 0.05, 1e-6])
 @pytest.mark.parametrize("name", FULL)
 def test_an_entry_clip_equals_the_formula(name, clip):
-    """fails if: a full-vocabulary divergence sums without vocab_sum, the clip takes the absolute value, or a clipped
-    entry's slope survives"""
+    """fails if: a full-vocabulary divergence sums without vocab_sum, the clip takes the absolute value, or a
+    clipped entry's slope survives"""
     z, teacher_z, args = logits(0), logits(1), LossArgs(entry_clip=clip, beta=0.3)
     loss, grad = measure(DIVERGENCES[name], z, args, teacher_z)
     clipped = 0
@@ -198,8 +199,8 @@ EOPD = [LossArgs(topk=k, eopd_renormalise=renormalise, eopd_entropy=entropy, eop
 
 @pytest.mark.parametrize("args", EOPD, ids=case_id)
 def test_eopd_equals_the_formula(args):
-    """fails if: the forward KL replaces the policy gradient, p is renormalised too, the top-k is the student's, the gate
-    reads the student's entropy or opens below its threshold"""
+    """fails if: the forward KL replaces the policy gradient, p is renormalised too, the top-k is the
+    student's, the gate reads the student's entropy or opens below its threshold"""
     z, teacher_z = logits(0), logits(1)
     fields = sampled_fields(z)
     loss, grad = measure(DIVERGENCES["eopd"], z, args, teacher_z, **fields)
@@ -221,7 +222,8 @@ def test_eopd_equals_the_formula(args):
 def test_what_eopd_does_on_average(args):
     """fails if: the forward part depends on the sampled token, or the advantage is detached from log p(a)
 
-    Weighted with the p(a) that would draw it: the gradient of KL(p||q) everywhere, and the forward part where the gate is open.
+    Weighted with the p(a) that would draw it: the gradient of KL(p||q) everywhere, and the forward part where
+    the gate is open.
     """
     z, teacher_z = logits(2, scales=(1.0, 3.0)), logits(3, scales=(1.0, 3.0))
     expected = 0

@@ -117,8 +117,8 @@ def scores_of(several, max_tokens=16384, chunk_rows=64, temperature=1.0, models=
 
 @pytest.mark.parametrize("max_tokens,chunk_rows,temperature", [(1, 1, 1.0), (20, 3, 0.7), (16384, 64, 1.3)])
 def test_each_sequence_is_scored_by_its_own_teacher(several, max_tokens, chunk_rows, temperature):
-    """fails if: rows are stored in micro-batch order, a head serves another teacher's rows, padding rows enter the softmax,
-    or the temperature reaches one teacher only"""
+    """fails if: rows are stored in micro-batch order, a head serves another teacher's rows, padding rows
+    enter the softmax, or the temperature reaches one teacher only"""
     found = scores_of(several, max_tokens, chunk_rows, temperature)
     expected = list(each(several, temperature))
     close(found.logp_N, torch.cat([sampled(q_NV, response) for _, q_NV, response in expected]))
@@ -128,8 +128,8 @@ def test_each_sequence_is_scored_by_its_own_teacher(several, max_tokens, chunk_r
 
 @pytest.mark.parametrize("max_tokens,chunk_rows", [(1, 1), (20, 3), (16384, 64)])
 def test_the_gradient_is_the_sum_over_sequences(several, folder, max_tokens, chunk_rows):
-    """fails if: a part's gradient replaces the last one's, place_N is taken as a row of the step, or rows of a part are not
-    those of its micro-batch"""
+    """fails if: a part's gradient replaces the last one's, place_N is taken as a row of the step, or rows of
+    a part are not those of its micro-batch"""
     student, rollout = load_model(folder / "student", dtype=torch.float64), several[2]
     s = signals(rollout, torch.arange(9))
     scale_N = torch.linspace(0.1, 1, len(s.token_N), dtype=torch.float64)
@@ -158,7 +158,8 @@ def test_disagreement_equals_the_rows_written_out(several, chunk_rows):
 
 
 def test_a_field_names_the_teacher(folder, command):
-    """fails if: tags are numbered by first use instead of --teacher's order, or the step routes by place instead of problem"""
+    """fails if: tags are numbered by first use instead of --teacher's order, or the step routes by place
+    instead of problem"""
     cfg, run = ready(command, recipe="multi", teacher=f"b={folder / 'third'},a={folder / 'teacher'}", route="kind",
                      data=folder / "routed.jsonl", problems=6)
     assert run.teacher_of == [1, 0] * 5 and [m.config.hidden_size for m in run.teachers] == [32, 24]
@@ -169,7 +170,8 @@ def test_a_field_names_the_teacher(folder, command):
 
 
 def test_every_teacher_is_tested_on_its_own_problems(folder, command, monkeypatch):
-    """fails if: a teacher is evaluated on everybody's problems, or held-out problems that name nobody end the run"""
+    """fails if: a teacher is evaluated on everybody's problems, or held-out problems that name nobody end the
+    run"""
     teachers = f"a={folder / 'teacher'},b={folder / 'third'}"
     cfg, run = ready(command, teacher=teachers, route="kind", data=folder / "routed.jsonl", eval_limit=0,
                      eval_data=folder / "routed.jsonl")
@@ -188,7 +190,8 @@ def test_every_teacher_is_tested_on_its_own_problems(folder, command, monkeypatc
 # What a teacher sees.
 
 def test_with_prompts_changes_prompts_only():
-    """fails if: responses are cut from the text instead of the mask, log-probs stay where the old prompt put them"""
+    """fails if: responses are cut from the text instead of the mask, log-probs stay where the old prompt put
+    them"""
     rng = np.random.default_rng(1)
     texts = [rng.integers(0, VOCAB, rng.integers(1, 8)).tolist() for _ in range(15)]
     old = from_responses(texts[:5], texts[5:10], [True, False] * 2 + [True], "cpu")
@@ -204,7 +207,8 @@ def test_with_prompts_changes_prompts_only():
 
 @pytest.mark.parametrize("teacher", ["self", "teacher"])
 def test_a_privileged_teacher_reads_another_prompt(folder, command, teacher):
-    """fails if: the student writes after the privileged prompt or is scored on it, or the teacher reads the student's"""
+    """fails if: the student writes after the privileged prompt or is scored on it, or the teacher reads the
+    student's"""
     flags = dict(teacher=teacher if teacher == "self" else folder / teacher, teacher_prompt=PROMPT, problems=3)
     _, plain = ready(command, **flags)
     cfg, run = ready(command, privileged="solution", **flags)
@@ -237,16 +241,16 @@ def user(*texts):
     (user("be brief", "2+2?"), "four", "{solution}", user("be brief", "four")),
     (user("2+2?"), "four", "{problem}={solution}", user("2+2?=four"))])
 def test_privileged_prompt(prompt, solution, template, expected):
-    """fails if: str.format or two replacements in turn fill the template, the first user message is taken, or the given
-    chat is changed in place"""
+    """fails if: str.format or two replacements in turn fill the template, the first user message is taken, or
+    the given chat is changed in place"""
     before = json.dumps(prompt)
     assert privileged_prompt(prompt, solution, template) == expected and json.dumps(prompt) == before
 
 
 @pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}, {"reference": "third"}, {"reference": "third", "lora_rank": 2}], ids=str)
 def test_the_signals_of_a_step(folder, command, flags):
-    """fails if: the reference is the student as it is now or --reference is ignored, kl_N reads the privileged prompt on
-    the student's side, or a signal carries a gradient"""
+    """fails if: the reference is the student as it is now or --reference is ignored, kl_N reads the
+    privileged prompt on the student's side, or a signal carries a gradient"""
     named = {"reference": folder / flags["reference"]} if "reference" in flags else {}
     cfg, run = ready(command, recipe="exopd", weight="tip", privileged="solution", teacher_prompt=PROMPT, lr=0.05,
                      **{**flags, **named})
@@ -268,7 +272,8 @@ def test_the_signals_of_a_step(folder, command, flags):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_initial_self_teacher_stays_the_initial_policy(folder, command, lora_rank):
-    """fails if: adapters stay on while scoring or off afterwards, or the frozen copy shares the student's parameters"""
+    """fails if: adapters stay on while scoring or off afterwards, or the frozen copy shares the student's
+    parameters"""
     cfg, run = ready(command, recipe="opsd", teacher="self", teacher_prompt=PROMPT, lr=0.05,
                      lora_rank=lora_rank)
     initial, optimizer = load_model(folder / "student"), adamw(cfg, run)
@@ -288,7 +293,8 @@ def test_the_initial_self_teacher_stays_the_initial_policy(folder, command, lora
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_average_follows_the_student(folder, command, lora_rank):
-    """fails if: decay and 1 - decay swap, the average moves before the step or once per update, or misses the adapters"""
+    """fails if: decay and 1 - decay swap, the average moves before the step or once per update, or misses the
+    adapters"""
     cfg, run = ready(command, recipe="sdft", teacher="self", teacher_prompt=PROMPT, lr=0.05,
                      self_teacher="ema", ema=0.8, lora_rank=lora_rank, updates=2)
     expected = {name: x.double() for name, x in load_model(folder / "student").weights().items()}
@@ -307,12 +313,14 @@ def test_the_average_follows_the_student(folder, command, lora_rank):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_live_self_teacher_is_the_student(folder, command, lora_rank):
-    """fails if: live switches the adapters off, or a copy is made at the start"""
+    """fails if: live switches the adapters off, a copy is made at the start, or scoring leaves a graph"""
     cfg, run = ready(command, teacher="self", self_teacher="live", lora_rank=lora_rank, lr=0.05)
     optimizer = adamw(cfg, run)
     _, other = ready(command, recipe="opsd", teacher="self", self_teacher="live", teacher_prompt=PROMPT, lora_rank=lora_rank)
     loop.train_step(replace(cfg, privileged="solution", divergence="forward_kl"),
                     replace(run, privileged=other.privileged), optimizer, 0, {}, Clock())
+    _, s, scores, *_ = look(cfg, run, 1, {}, Clock())
+    assert not (s.teacher_N.requires_grad or scores.parts[0].hidden_nE.requires_grad)
     record = train_step(cfg, run, optimizer, 1, {}, Clock())        # without a secret nothing is left to learn
     assert run.teachers == [run.student] and abs(record["reverse_kl"]) < 1e-6 and record["grad_norm"] < 1e-4
     assert max((x - y).abs().max().item() for x, y in zip(run.student.weights().values(),
@@ -352,7 +360,8 @@ def problem(text):
 
 @pytest.mark.parametrize("threshold", [0.2, 0.6, 0.9, 1.0])
 def test_near_duplicates_equal_brute_force(threshold):
-    """fails if: a prefix is one gram too short, rarity is counted on one side only, or the size of the union is not taken"""
+    """fails if: a prefix is one gram too short, the two sides rank their grams differently, or the union's
+    size is not taken"""
     rng = np.random.default_rng(0)
     def text(length):
         return "".join(rng.choice(list("ab c"), length))
@@ -373,7 +382,8 @@ def test_near_duplicates_equal_brute_force(threshold):
 
 
 def test_near_duplicates_fold_case_space_and_chats(folder, command, tmp_path):
-    """fails if: case or white space counts, a chat is compared as a list, or --mix_data keeps what --data has"""
+    """fails if: case or white space counts, a chat is compared as a list, or --mix_data keeps what --data
+    has"""
     mine = [problem("What is  TWO plus\ntwo?"), problem(user("be brief", "what is two plus two?")), problem("what is it?"),
             problem("")]
     assert near_duplicates(mine, [problem("what is two plus two?")]) == {0, 1}
@@ -432,7 +442,8 @@ def ids(run, text, stop=True):
 @pytest.mark.parametrize("recipe,flags", [("opd", {}), ("sg", {}), ("fire", {}), ("opsd", dict(teacher="self")),
                                           ("sdpo", dict(teacher="self"))])
 def test_a_cold_start_imitates_the_teacher_then_switches(folder, command, recipe, flags):
-    """fails if: a cold step rolls out or keeps the recipe's loss, weight or siblings; or the last one is a step too late"""
+    """fails if: a cold step rolls out or keeps the recipe's loss, weight or siblings; or the last one is a
+    step too late"""
     cfg, run = ready(command, recipe=recipe, reduction="token", cold_start_steps=2, lr=0.01, teacher_prompt=PROMPT,
                      **{"teacher": folder / "teacher", **flags})
     written = {i: [ids(run, f"{i}={i}"), ids(run, f"{i}")] for i in (2, 3, 7)}
@@ -464,8 +475,8 @@ def writes(responses, calls):
 
 
 def test_only_good_responses_of_the_teacher_are_kept_and_written_once(folder, command, tmp_path, monkeypatch):
-    """fails if: a cut, wrong or circling response passes, an answerless problem is dropped, the file is not read again,
-    or its keys stay text"""
+    """fails if: a cut, wrong or circling response passes, an answerless problem is dropped, the file is not
+    read again, or its keys stay text"""
     cfg, run = ready(command, recipe="sg", pts_samples=4, pts_weight=0.1, pts_end=1.0, steps=4)
     run.train[0] = replace(run.train[0], answer=None)
     def responses(prompt):
@@ -497,8 +508,8 @@ def test_a_teacher_without_one_good_response_is_an_error(folder, command, tmp_pa
 
 
 def test_every_problem_of_a_phased_step_is_written_by_its_teacher(folder, command, tmp_path, monkeypatch):
-    """fails if: the first teacher writes everything or after the student's prompt, one without problems ends the run, or
-    problems of --mix_data are forgotten"""
+    """fails if: the first teacher writes everything or after the student's prompt, one without problems ends
+    the run, or problems of --mix_data are forgotten"""
     calls = []
     monkeypatch.setattr(loop, "write", writes(lambda prompt: [([1, END], True)], calls))
     mix = jsonl(tmp_path / "mix.jsonl", [dict(problem=f"7777777{a}", answer="1", solution="1", kind="b") for a in range(4)])
@@ -545,8 +556,8 @@ PTS = dict(recipe="sg", pts_weight=0.3, pts_hold=0.25, pts_end=0.75, steps=8, pr
 
 @pytest.mark.parametrize("step,mu", [(0, 0.3), (2, 0.3), (4, 0.15), (5, 0.3 * (1 - 0.5 ** 0.5) / 2), (6, 0.0), (7, 0.0)])
 def test_phased_sampling_adds_mu_times_the_cross_entropy(folder, command, step, mu):
-    """fails if: the gradient already there is lost, each response is averaged for itself, a repeated problem counts twice,
-    or a problem without a response counts at all"""
+    """fails if: the gradient already there is lost, each response is averaged for itself, a repeated problem
+    counts twice, or a problem without a response counts at all"""
     cfg, run = ready(command, **PTS)
     run.student = load_model(folder / "student", dtype=torch.float64)
     written = {3: [ids(run, "3+3=6")], 5: [ids(run, "8")], 1: [ids(run, "4444")], 8: []}
@@ -608,8 +619,8 @@ def siblings(command, folder, template=PROMPT):
 
 @pytest.mark.parametrize("template", [PROMPT, ""])
 def test_a_sibling_is_a_right_finished_response_of_another_sample(folder, command, template):
-    """fails if: a response is shown to itself, a cut or wrong one or another problem's is shown, always the first is taken,
-    or an empty --teacher_prompt shows nothing"""
+    """fails if: a response is shown to itself, a cut or wrong one or another problem's is shown, always the
+    first is taken, or an empty --teacher_prompt shows nothing"""
     cfg, run, texts, asked, rollout, allowed = siblings(command, folder, template)
     reward_B = loop.rewards(cfg, run, texts, asked)
     assert reward_B.tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
@@ -656,7 +667,7 @@ def bad_flags(folder, tmp_path):
     strange = jsonl(tmp_path / "strange.jsonl", [known[0] | {"kind": "a"}, known[1] | {"kind": "c"}])
     two = dict(teacher=f"a={folder / 'teacher'},b={folder / 'third'}", route="kind")
     secret = dict(recipe="opsd", teacher="self")
-    long = PROMPT + 50 * "1"
+    long = PROMPT + 45 * "1"
     return {
         "unknown tag": (two | dict(data=strange), r"strange.jsonl, line 2: kind is 'c', which names no teacher.* a, b"),
         "no tag": (two, r"train.jsonl, line 1: kind is None, which names no teacher"),
@@ -714,7 +725,8 @@ def table(text):
 
 @pytest.mark.parametrize("teacher", ["student", "teacher", "self"])
 def test_report_only(folder, command, tmp_path, capsys, teacher):
-    """fails if: the report trains or writes, compares the student with itself, or leaves a number undefined"""
+    """fails if: the report trains or writes, compares the student with itself, or leaves a number
+    undefined"""
     assert train.main(command(teacher=teacher if teacher == "self" else folder / teacher, report_only=True, problems=4)) == 0
     found = table(capsys.readouterr().out)
     assert {"reverse_kl", "forward_kl", "overlap_ratio", "overlap_advantage", "entropy_gap", "topk_mass_teacher"} <= set(found)
