@@ -389,6 +389,8 @@ def run(argv: list[str] | None) -> dict:
     folder = checkpoint_folder(args.model)
     tokenizer = Tokenizer(folder, args.chat_template)
     model = load_model(folder, dtype=getattr(torch, dtype), device=device)
+    if sum(p.numel() for p in model.parameters()) < 10_000_000:
+        torch.set_num_threads(1)        # more only slow such small matrices down
     settings = {name: vars(args)[name] for name in ("k", "temperature", "max_new_tokens", "seed", "verifier")}
     metrics, samples = evaluate(model, tokenizer, problems, **settings, slots=args.slots, progress="evaluate",
                                 variables=variables)

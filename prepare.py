@@ -73,6 +73,12 @@ def compute_dtype(cfg, device: torch.device) -> torch.dtype:
     return getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
 
 
+def set_threads(threads: int, model: Transformer) -> None:
+    """Threads that wait for each other cost tiny matrices more than they compute: ten times, on a busy machine."""
+    if threads or sum(p.numel() for p in model.parameters()) < 10_000_000:
+        torch.set_num_threads(threads or 1)
+
+
 def parse_ids(flag: str, text: str, vocab_size: int) -> tuple[int, ...] | None:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
@@ -205,6 +211,7 @@ def set_up(cfg) -> Setup:
     if cfg.plan:
         sys.exit(0)
     student = load_model(folder, compute_dtype=dtype, device=device)
+    set_threads(cfg.threads, student)
     if cfg.lora_rank:
         student.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     student.gradient_checkpointing = cfg.gradient_checkpointing

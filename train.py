@@ -111,6 +111,7 @@ class Config(CreditArgs, LossArgs):
     device: str = opt("auto", "auto: cuda if there is one, else cpu; mps on request", ("auto", "cpu", "cuda", "mps"))
     dtype: str = opt("auto", "of products; auto: bfloat16 on cuda, else float32. Trained weights stay float32",
                      ("auto", "float32", "bfloat16"))
+    threads: int = opt(0, "CPU threads; 0 = one for models under 10 million weights, which more threads only slow down")
     seed: int = opt(0, "fixes data order, samples and adapters")
     report_only: bool = opt(False, "print how well teacher and student match before any step, and stop")
     compare_teacher: str = opt("", "--report_only: a second teacher, compared with the first on the same student tokens")
@@ -190,7 +191,7 @@ def check(cfg: Config) -> None:
     for least, names in ((1, ("problems", "samples", "max_new_tokens", "slots", "steps", "updates", "micro_batch_tokens",
                               "eval_k", "save_every", "topk", "pts_samples")),
                          (0, ("lora_rank", "warmup_steps", "chunk_rows", "eval_every", "eval_max_new_tokens",
-                              "eval_limit", "seed", "weight_decay", "eval_temperature", "clip", "entry_clip",
+                              "eval_limit", "seed", "threads", "weight_decay", "eval_temperature", "clip", "entry_clip",
                               "token_clip", "cold_start_steps", "pts_weight", "skip_first", "loss_first_n", "fire_alpha",
                               "fire_beta"))):
         for name in names:

@@ -1,7 +1,8 @@
-"""credit.py: every advantage and weight equals an explicit loop over sequences and groups, and numbers worked out by hand.
+"""credit.py: every advantage and weight equals a loop over sequences and groups, and numbers by hand.
 
-The loops see plain Python lists and the papers' formulas, in other algebra than credit.py where there is a choice. Exact
-in float64. Here too: the phased weight of teacher responses, and that every table entry has a test and a README row.
+The loops see plain Python lists and the papers' formulas, in other algebra than credit.py where there is a
+choice. Exact in float64. Here too: the phased weight of teacher responses, what recipes need, and that every
+table entry has a test and a README row.
 """
 import math
 import re
@@ -25,22 +26,25 @@ from step import phased_weight  # noqa: E402
 F64 = torch.float64
 GROUP_B = [0, 2, 1, 0, 3, 2, 0, 1, 2, 0, 4, 4]          # of 4, 2, 3, 1 and 2 sequences
 REWARD_B = [1, 0, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0]         # groups 1, 3 and 4 are unanimous
-PER_ROW = ("token_N", "student_N", "student_entropy_N", "teacher_N", "teacher_entropy_N", "reference_N", "kl_N")
+PER_ROW = ("token_N", "student_N", "student_entropy_N", "teacher_N", "teacher_entropy_N", "reference_N",
+           "kl_N")
 
 
 # One step, and the same step as plain lists.
 
 def a_step(seed=0, dtype=F64, **fields):
-    """Twelve responses of 1 to 6 tokens to five problems, two teachers, some cut, one token beyond uni's guard."""
+    """Twelve responses of 1 to 6 tokens to five problems; two teachers, some cut, a token past uni_guard."""
     rng = torch.Generator().manual_seed(seed)
     length_B = torch.randint(1, 7, (12,), generator=rng)
     n = int(length_B.sum())
     student_N, teacher_N, reference_N = -3 * torch.rand(3, n, generator=rng, dtype=dtype)
     teacher_N[n // 2] -= 12
     student_entropy_N, teacher_entropy_N, kl_N = 2 * torch.rand(3, n, generator=rng, dtype=dtype)
-    base = dict(token_N=torch.randint(9, (n,), generator=rng), student_N=student_N, student_entropy_N=student_entropy_N,
+    base = dict(token_N=torch.randint(9, (n,), generator=rng),
+                student_N=student_N, student_entropy_N=student_entropy_N,
                 sequence_N=torch.arange(12).repeat_interleave(length_B),
-                position_N=torch.cat([torch.arange(length) for length in length_B.tolist()]), length_B=length_B,
+                position_N=torch.cat([torch.arange(length) for length in length_B.tolist()]),
+                length_B=length_B,
                 group_B=torch.tensor(GROUP_B), finished_B=torch.rand(12, generator=rng) < 0.8,
                 teacher_B=torch.randint(2, (12,), generator=rng), teacher_N=teacher_N,
                 teacher_entropy_N=teacher_entropy_N, reference_N=reference_N, kl_N=kl_N,
@@ -49,8 +53,9 @@ def a_step(seed=0, dtype=F64, **fields):
 
 
 def of_lists(group=None, reward=None, finished=None, dtype=F64, **rows):
-    """Signals of sequences written out: teacher=[[-1.0, -2.0], [-3.0]], student=... one inner list per sequence."""
-    names = {"teacher": "teacher_N", "student": "student_N", "reference": "reference_N", "kl": "kl_N", "token": "token_N",
+    """Signals of sequences written out: teacher=[[-1.0, -2.0], [-3.0]], ... one inner list per sequence."""
+    names = {"teacher": "teacher_N", "student": "student_N", "reference": "reference_N", "kl": "kl_N",
+             "token": "token_N",
              "teacher_entropy": "teacher_entropy_N", "student_entropy": "student_entropy_N"}
     shape = next(iter(rows.values()))
     flat = {names[key]: torch.tensor(sum(value, []), dtype=torch.int64 if key == "token" else dtype)
@@ -67,14 +72,15 @@ def of_lists(group=None, reward=None, finished=None, dtype=F64, **rows):
 
 
 def lists(s):
-    """One namespace per sequence: q, b, r log-probs of teacher, behaviour and reference, entropies H_T and H_S, kl."""
+    """One namespace per sequence: log-probs q, b, r of teacher, behaviour, reference; entropies; kl."""
     step = []
     for b, length in enumerate(s.length_B.tolist()):
         rows = (s.sequence_N == b).nonzero().squeeze(1).tolist()
         assert len(rows) == length
         token, sampled, H_S, q, H_T, r, kl = ([getattr(s, name)[i].item() for i in rows] for name in PER_ROW)
-        step.append(SimpleNamespace(token=token, b=sampled, H_S=H_S, q=q, H_T=H_T, r=r, kl=kl, group=GROUP_B[b],
-                                    right=REWARD_B[b] == 1, finished=bool(s.finished_B[b]), teacher=int(s.teacher_B[b])))
+        step.append(SimpleNamespace(
+            token=token, b=sampled, H_S=H_S, q=q, H_T=H_T, r=r, kl=kl, group=GROUP_B[b],
+            right=REWARD_B[b] == 1, finished=bool(s.finished_B[b]), teacher=int(s.teacher_B[b])))
     return step
 
 
@@ -104,7 +110,8 @@ def mates(step, y, side=None):
 
 
 def opd_ref(step, y, args):
-    return [sum(args.discount ** (j - t) * (y.q[j] - y.b[j]) for j in range(t, len(y.q))) for t in range(len(y.q))]
+    T = len(y.q)
+    return [sum(args.discount ** (j - t) * (y.q[j] - y.b[j]) for j in range(t, T)) for t in range(T)]
 
 
 def grpo_ref(step, y, args):
@@ -134,7 +141,8 @@ def opdvr_ref(step, y, args):
 
 def kdrl_ref(step, y, args):
     coef = 0.7 * args.kdrl_coef + 0.3 * args.kdrl_coef_end          # progress 0.3
-    masked = {"none": False, "response": y.right, "group": any(z.right for z in mates(step, y))}[args.kdrl_mask]
+    masked = {"none": False, "response": y.right,
+              "group": any(z.right for z in mates(step, y))}[args.kdrl_mask]
     return [a + (0.0 if masked else coef * (q - b)) for a, q, b in zip(grpo_ref(step, y, args), y.q, y.b)]
 
 
@@ -144,7 +152,8 @@ def uni_ref(step, y, args):
     if right and wrong:
         gap = mean(right) - mean(wrong) if args.uni_gap == "mean" else min(right) - max(wrong)
         shift = (args.uni_margin - gap) / 2 if gap < args.uni_margin else 0.0
-    return [0.0 if abs(q - b) >= args.uni_guard else q - b + (shift if y.right else -shift) for q, b in zip(y.q, y.b)]
+    return [0.0 if abs(q - b) >= args.uni_guard else q - b + (shift if y.right else -shift)
+            for q, b in zip(y.q, y.b)]
 
 
 def rlsd_ref(step, y, args):
@@ -184,8 +193,10 @@ ADVANTAGE_REF = {       # an entry without a line here fails test_every_entry_ha
     "sg": (sg_ref, variants(sg_form=("reference", "scale"), sg_gate=("sign", "all"), sg_agree=(1.8,),
                             sg_conflict=(1.0, 0.5))),
     "opdvr": (opdvr_ref, [CreditArgs()]),
-    "kdrl": (kdrl_ref, variants(kdrl_mask=("none", "response", "group"), kdrl_coef=(0.5,), kdrl_coef_end=(0.1,))),
-    "uni": (uni_ref, variants(uni_gap=("mean", "minmax"), uni_margin=(0.4, 3.0, -1.0), uni_guard=(10.0, 1.0))),
+    "kdrl": (kdrl_ref, variants(kdrl_mask=("none", "response", "group"), kdrl_coef=(0.5,),
+                                kdrl_coef_end=(0.1,))),
+    "uni": (uni_ref, variants(uni_gap=("mean", "minmax"), uni_margin=(0.4, 3.0, -1.0),
+                              uni_guard=(10.0, 1.0))),
     "rlsd": (rlsd_ref, variants(rlsd_clip=(0.2, 0.9))),
     "scope": (scope_ref, variants(scope_temperature=(1.0, 0.3), scope_sign=("paper", "code"))),
     "reopold": (reopold_ref, variants(reopold_share=(0.3, 0.1), reopold_floor=("logit", "jensen"))),
@@ -193,7 +204,8 @@ ADVANTAGE_REF = {       # an entry without a line here fails test_every_entry_ha
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name,args", [(n, a) for n, (_, all_args) in ADVANTAGE_REF.items() for a in all_args], ids=args_id)
+@pytest.mark.parametrize("name,args", [(n, a) for n, (_, all_args) in ADVANTAGE_REF.items()
+                                       for a in all_args], ids=args_id)
 def test_an_advantage_equals_the_loop(name, args, seed):
     """fails if: any sign, mean, mask or branch of an advantage changes; std divides by n; the factor of sg is
     a float32; margins are taken over the step; weights of scope over the whole group"""
@@ -219,7 +231,8 @@ def fire_ref(step, args):
             continue
         scope = [y] if args.fire_max == "sequence" else step
         max_T, max_S = max(h for z in scope for h in z.H_T), max(h for z in scope for h in z.H_S)
-        raw = [(1 + args.fire_alpha * (1 - t / max_T)) * (1 + args.fire_beta * h / max_S) for t, h in zip(y.H_T, y.H_S)]
+        raw = [(1 + args.fire_alpha * (1 - t / max_T)) * (1 + args.fire_beta * h / max_S)
+               for t, h in zip(y.H_T, y.H_S)]
         out.append([w / mean(raw) for w in raw])
     return out
 
@@ -246,7 +259,8 @@ def reopold_weight_ref(step, args):         # progress 0.3: first half
 
 WEIGHT_REF = {
     "none": (lambda step, args: [[1.0] * len(y.q) for y in step], [CreditArgs()]),
-    "fire": (fire_ref, [*variants(fire_drop=(0.0, 0.2, 0.5), fire_max=("sequence", "batch"), fire_filter=("global", "teacher")),
+    "fire": (fire_ref, [*variants(fire_drop=(0.0, 0.2, 0.5), fire_max=("sequence", "batch"),
+                                  fire_filter=("global", "teacher")),
                         *variants(fire_alpha=(0.0, 3.0), fire_beta=(0.0, 0.5))]),
     "tip": (tip_ref, variants(tip_keep=(0.5, 0.1, 1.0))),
     "reopold": (reopold_weight_ref, variants(reopold_share=(0.3, 0.1), reopold_floor=("logit", "jensen"))),
@@ -255,7 +269,8 @@ WEIGHT_REF = {
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name,args", [(n, a) for n, (f, all_args) in WEIGHT_REF.items() if f for a in all_args], ids=args_id)
+@pytest.mark.parametrize("name,args", [(n, a) for n, (f, all_args) in WEIGHT_REF.items() if f
+                                       for a in all_args], ids=args_id)
 def test_a_weight_equals_the_loop(name, args, seed):
     """fails if: fire ranks by the sum, swaps the two entropies or divides by the mean of the step; tip
     multiplies the two scores or scales by the largest alone; reopold keeps what lies below its floor"""
@@ -283,11 +298,13 @@ def test_an_entry_keeps_float32_its_inputs_and_the_order_of_sequences(table, nam
     order_B = torch.arange(11, -1, -1)
     rows = torch.cat([(s.sequence_N == b).nonzero().squeeze(1) for b in order_B.tolist()])
     turned = s._replace(**{key: x[order_B] if key.endswith("_B") else x[rows] for key, x in before.items()})
-    torch.testing.assert_close(function(turned._replace(sequence_N=11 - s.sequence_N[rows]), args), value_N[rows])
+    turned = turned._replace(sequence_N=11 - s.sequence_N[rows])
+    torch.testing.assert_close(function(turned, args), value_N[rows])
 
 
 @pytest.mark.parametrize("what,fields", [("teacher", ("teacher_N", "teacher_entropy_N", "teacher_B", "kl_N")),
-                                         ("reward", ("reward_B",)), ("reference", ("reference_N",)), ("kl", ("kl_N",))])
+                                         ("reward", ("reward_B",)), ("reference", ("reference_N",)),
+                                         ("kl", ("kl_N",))])
 def test_an_entry_needs_what_its_table_says(what, fields):
     """fails if: a name leaves a line of NEEDS, or joins one whose signal its rule does not read"""
     def works(function):
@@ -296,7 +313,7 @@ def test_an_entry_needs_what_its_table_says(what, fields):
         except (TypeError, AttributeError):
             return False
         return True
-    failing = {name for table in (ADVANTAGES, WEIGHTS) for name, function in table.items() if not works(function)}
+    failing = {name for table in (ADVANTAGES, WEIGHTS) for name in table if not works(table[name])}
     assert failing == set(NEEDS[what])
 
 
@@ -314,7 +331,8 @@ def test_opd_returns_stay_inside_their_sequence():
 @pytest.mark.parametrize("std", [True, False])
 def test_grpo_by_hand(std):
     """fails if: size - 1 becomes size, grpo_std is ignored, or a response's tokens share its advantage"""
-    s = of_lists(student=[[0.0, 0.0], [0.0], [0.0], [0.0], [0.0]], group=[0, 0, 0, 1, 1], reward=[1.0, 0.0, 0.0, 1.0, 0.0])
+    s = of_lists(student=[[0.0, 0.0], [0.0], [0.0], [0.0], [0.0]], group=[0, 0, 0, 1, 1],
+                 reward=[1.0, 0.0, 0.0, 1.0, 0.0])
     two, one, half = (2 / 3, -1 / 3, 1 / 2) if not std else (2 / 3 ** 0.5, -1 / 3 ** 0.5, 1 / 2 ** 0.5)
     close(advantage("grpo", s, grpo_std=std), [two, two, one, one, half, -half])
 
@@ -326,7 +344,8 @@ def test_a_unanimous_group_gets_exactly_zero(dtype, std):
     of 0.1"""
     group = [g for g in range(19) for _ in range(g + 1)]
     for reward in (0.0, 1.0, 0.1, 0.3, -1 / 3):
-        s = of_lists(student=[[0.0]] * len(group), group=group, reward=[(reward, 0.7)[g % 2] for g in group], dtype=dtype)
+        s = of_lists(student=[[0.0]] * len(group), group=group, dtype=dtype,
+                     reward=[(reward, 0.7)[g % 2] for g in group])
         assert (advantage("grpo", s, grpo_std=std) == 0).all(), reward
 
 
@@ -338,10 +357,11 @@ def test_exopd_at_1_is_opd_bit_for_bit():
         assert torch.equal(advantage("exopd", s, extrapolate=1.0), advantage("opd", s))
 
 
-# SG-OPD: one group of a right and a wrong response, one unanimous group; in each, a token the teacher likes more
-# than the student did (first) and one it likes less.
+# SG-OPD: a group of a right and a wrong response, and a unanimous group. The teacher likes the first token of
+# each response more than the student did, the second less.
 
-SG = dict(teacher=[[-1.0, -3.0]] * 4, student=[[-2.0, -2.0]] * 4, reference=[[-1.5, -2.25]] * 4, group=[0, 0, 1, 1],
+SG = dict(teacher=[[-1.0, -3.0]] * 4, student=[[-2.0, -2.0]] * 4, reference=[[-1.5, -2.25]] * 4,
+          group=[0, 0, 1, 1],
           reward=[1.0, 0.0, 1.0, 1.0])
 
 
@@ -379,7 +399,8 @@ def test_sg_with_one_factor_is_exopd(c):
 
 def test_sg_scaled_by_1_and_0_is_opdvr_on_mixed_groups():
     """fails if: opdvr or sg turns the verdict of a wrong response around, or a group's mean decides at 1/2"""
-    s, args = a_step(finished_B=torch.ones(12, dtype=torch.bool)), CreditArgs(sg_agree=1.0, sg_conflict=0.0, sg_form="scale")
+    s = a_step(finished_B=torch.ones(12, dtype=torch.bool))
+    args = CreditArgs(sg_agree=1.0, sg_conflict=0.0, sg_form="scale")
     mixed_N = torch.isin(s.group_B, torch.tensor([0, 2]))[s.sequence_N]
     sg_N, opdvr_N = ADVANTAGES["sg"](s, args), ADVANTAGES["opdvr"](s, args)
     close(sg_N[mixed_N], opdvr_N[mixed_N])
@@ -429,14 +450,16 @@ def test_opdvr_keeps_only_what_the_verifier_backs():
 def test_kdrl_anneals_and_masks(progress, coef):
     """fails if: the coefficients swap, the group mask takes the response's own reward, or grpo is masked as
     well"""
-    s = of_lists(teacher=[[-1.0]] * 4, student=[[-2.0]] * 4, group=[0, 0, 1, 1], reward=[1.0, 0.0, 0.0, 0.0])._replace(
+    s = of_lists(teacher=[[-1.0]] * 4, student=[[-2.0]] * 4, group=[0, 0, 1, 1],
+                 reward=[1.0, 0.0, 0.0, 0.0])._replace(
         progress=progress)
     a = 0.5 ** 0.5
     for mask, kept in (("none", (1, 1, 1, 1)), ("response", (0, 1, 1, 1)), ("group", (0, 0, 1, 1))):
         close(advantage("kdrl", s, kdrl_mask=mask), [x + k * coef for x, k in zip((a, -a, 0, 0), kept)])
 
 
-UNI = dict(teacher=[[0.5, 0.1], [-0.3], [0.4, 0.0, 0.2], [1.0], [-1.0]], student=[[0.0] * 2, [0.0], [0.0] * 3, [0.0], [0.0]],
+UNI = dict(teacher=[[0.5, 0.1], [-0.3], [0.4, 0.0, 0.2], [1.0], [-1.0]],
+           student=[[0.0] * 2, [0.0], [0.0] * 3, [0.0], [0.0]],
            group=[0, 0, 0, 1, 1], reward=[1.0, 1.0, 0.0, 1.0, 0.0])
 
 
@@ -480,8 +503,9 @@ def test_scope_by_hand(args, right, wrong):
     singleton counts 1, whatever its perplexity.
     """
     two, four, eight = -math.log(2), -math.log(4), -math.log(8)
-    s = of_lists(student=[[two, two], [2 * four, 0.0], [-2.0], [-3.0], [-9.0], [-1.0]], group=[0, 0, 0, 0, 1, 2],
-                 teacher=[[-1.0, 0.0], [-5.0, 0.0], [two], [eight], [-4.0], [-3.0]], reward=[1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    s = of_lists(student=[[two, two], [2 * four, 0.0], [-2.0], [-3.0], [-9.0], [-1.0]],
+                 teacher=[[-1.0, 0.0], [-5.0, 0.0], [two], [eight], [-4.0], [-3.0]],
+                 group=[0, 0, 0, 0, 1, 2], reward=[1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
     close(advantage("scope", s, **args),
           [right[0]] * 2 + [right[1]] * 2 + [wrong[0] * (two + 2), wrong[1] * (eight + 3), 1.0, -2.0])
 
@@ -490,7 +514,7 @@ def test_scope_by_hand(args, right, wrong):
 def test_scope_weights_have_mean_1_in_each_half_at_any_temperature(sign):
     """fails if: the exponential of a large log-perplexity is taken before the half's largest is subtracted"""
     s = a_step(2, torch.float32)
-    s = s._replace(student_N=5 * s.student_N, teacher_N=5 * s.student_N + 1)        # log-ratio 1: the advantage is the weight
+    s = s._replace(student_N=5 * s.student_N, teacher_N=5 * s.student_N + 1)    # so advantage = weight
     for temperature in (100.0, 1.0, 0.3, 0.02):
         weight_N = advantage("scope", s, scope_sign=sign, scope_temperature=temperature)
         weight_B = [weight_N[s.sequence_N == b][0].item() for b in range(12)]
@@ -541,7 +565,8 @@ def test_fire_without_anything_to_say_is_opd_bit_for_bit(args):
         assert (weight("fire", s, **args) == 1.0).all()
 
 
-@pytest.mark.parametrize("n,drop,dropped", [(10, 0.2, 2), (1, 0.2, 0), (1, 1.0, 0), (2, 0.2, 1), (5, 0.2, 1), (6, 0.2, 1),
+@pytest.mark.parametrize("n,drop,dropped", [(10, 0.2, 2), (1, 0.2, 0), (1, 1.0, 0), (2, 0.2, 1), (5, 0.2, 1),
+                                            (6, 0.2, 1),
                                             (7, 0.2, 2), (10, 0.0, 0), (10, 1.0, 9), (16, 0.2, 3)])
 def test_fire_drops_ceil_of_share_times_one_less(n, drop, dropped):
     """fails if: responses are ranked in small batches, by the sum over tokens, or the highest are dropped"""
@@ -554,12 +579,12 @@ def test_fire_keeps_ties_and_ranks_per_teacher_on_request():
     """fails if: > replaces >=, or fire_filter teacher ranks over everybody"""
     assert kept(fire_step([-1.0] * 10)) == [True] * 10
     assert kept(fire_step([-5.0, -5.0, *[-1.0] * 8])) == [False] * 2 + [True] * 8
-    assert kept(fire_step([-5.0, -5.0, *[-1.0] * 8]), fire_drop=0.1) == [True] * 10        # the quantile is itself tied
+    assert kept(fire_step([-5.0, -5.0, *[-1.0] * 8]), fire_drop=0.1) == [True] * 10     # the quantile is tied
     scores = [-9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0]
     s = fire_step(scores, teacher_B=[0] * 5 + [1] * 5)
     assert kept(s) == [False] * 2 + [True] * 8
     assert kept(s, fire_filter="teacher") == [False, *[True] * 4] * 2
-    assert kept(fire_step(scores), fire_filter="teacher") == kept(s)                        # one teacher: nothing to part
+    assert kept(fire_step(scores), fire_filter="teacher") == kept(s)                    # one teacher
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
@@ -570,7 +595,8 @@ def test_fire_weights_have_mean_1_in_each_response(scope):
     for b in range(12):
         assert weight_N[s.sequence_N == b].mean().item() == pytest.approx(1, abs=1e-12)
     at = (s.sequence_N == 0).nonzero().squeeze(1)
-    louder = s._replace(teacher_entropy_N=s.teacher_entropy_N.clone(), student_entropy_N=s.student_entropy_N.clone())
+    louder = s._replace(teacher_entropy_N=s.teacher_entropy_N.clone(),
+                        student_entropy_N=s.student_entropy_N.clone())
     louder.teacher_entropy_N[-1] = louder.student_entropy_N[-1] = 50.0      # one outlier in the last response
     again_N = weight("fire", louder, fire_max=scope, fire_drop=0.0)
     assert torch.equal(again_N[at], weight_N[at]) == (scope == "sequence")
@@ -580,8 +606,10 @@ def test_fire_weights_have_mean_1_in_each_response(scope):
 
 def test_tip_keeps_the_uncertain_and_the_wrong():
     """fails if: scores are summed without - h d, a constant side is divided by 0, or later rows win ties"""
-    s = of_lists(teacher=[[0.0] * 6], student_entropy=[[1.0, 3.0, 1.0, 2.0, 1.0, 2.0]], kl=[[5.0, 5.0, 9.0, 7.0, 5.0, 6.0]])
-    for keep, expected in ((0.5, [0, 1, 1, 1, 0, 0]), (1 / 6, [0, 1, 0, 0, 0, 0]), (0.51, [0, 1, 1, 1, 0, 1]), (0, [0, 1, 0, 0, 0, 0])):
+    s = of_lists(teacher=[[0.0] * 6], student_entropy=[[1.0, 3.0, 1.0, 2.0, 1.0, 2.0]],
+                 kl=[[5.0, 5.0, 9.0, 7.0, 5.0, 6.0]])
+    for keep, expected in ((0.5, [0, 1, 1, 1, 0, 0]), (1 / 6, [0, 1, 0, 0, 0, 0]), (0.51, [0, 1, 1, 1, 0, 1]),
+                           (0, [0, 1, 0, 0, 0, 0])):
         assert weight("tip", s, tip_keep=keep).tolist() == expected
     flat = s._replace(kl_N=torch.ones_like(s.kl_N))
     assert weight("tip", flat, tip_keep=0.5).tolist() == [0, 1, 0, 1, 0, 1]
@@ -589,11 +617,13 @@ def test_tip_keeps_the_uncertain_and_the_wrong():
     assert weight("tip", nothing, tip_keep=0.5).tolist() == [1, 1, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("progress,expected", [(0.0, [0, 1, 1, 1, 0]), (0.49, [0, 1, 1, 1, 0]), (0.5, [1, 0, 0, 0, 0]),
+@pytest.mark.parametrize("progress,expected", [(0.0, [0, 1, 1, 1, 0]), (0.49, [0, 1, 1, 1, 0]),
+                                               (0.5, [1, 0, 0, 0, 0]),
                                                (1.0, [1, 0, 0, 0, 0])])
 def test_reopold_switches_from_log_ratios_to_entropy_at_half(progress, expected):
     """fails if: the phases swap, the switch moves, or the second keeps the lowest entropies"""
-    s = of_lists(teacher=[[-2.0, -0.5, 0.5, math.log(0.3 / 0.7), -0.85]], student_entropy=[[3.0, 1.0, 2.0, 0.0, 0.5]])
+    s = of_lists(teacher=[[-2.0, -0.5, 0.5, math.log(0.3 / 0.7), -0.85]],
+                 student_entropy=[[3.0, 1.0, 2.0, 0.0, 0.5]])
     assert weight("reopold", s._replace(progress=progress)).tolist() == expected
 
 
@@ -612,7 +642,8 @@ def test_the_random_weight_is_a_fresh_share_each_step():
 
 
 @pytest.mark.parametrize("flags,expected", [
-    ({}, [1, 1, 1, 1, 1, 1]), (dict(skip_first=3), [0, 0, 0, 1, 0, 0]), (dict(loss_first_n=2), [1, 1, 0, 0, 1, 1]),
+    ({}, [1, 1, 1, 1, 1, 1]), (dict(skip_first=3), [0, 0, 0, 1, 0, 0]),
+    (dict(loss_first_n=2), [1, 1, 0, 0, 1, 1]),
     (dict(skip_first=1, loss_first_n=2), [0, 1, 0, 0, 0, 1]), (dict(skip_tokens="7"), [1, 0, 1, 1, 0, 1]),
     (dict(skip_tokens="7,5"), [0, 0, 1, 1, 0, 1]), (dict(skip_first=1, skip_tokens="8"), [0, 1, 1, 0, 0, 1])])
 def test_where_a_loss_may_be(flags, expected):
@@ -627,7 +658,8 @@ def test_where_a_loss_may_be(flags, expected):
 def test_the_phased_weight_holds_then_falls_to_zero():
     """fails if: the cosine starts at 0, its half period is another, or the weight jumps at either boundary"""
     cfg = train.Config(pts_weight=0.3, pts_hold=0.2, pts_end=0.6)
-    for progress, weight in ((0.0, 0.3), (0.19, 0.3), (0.2, 0.3), (0.4, 0.15), (0.6, 0.0), (0.61, 0.0), (1.0, 0.0)):
+    for progress, weight in ((0.0, 0.3), (0.19, 0.3), (0.2, 0.3), (0.4, 0.15), (0.6, 0.0), (0.61, 0.0),
+                             (1.0, 0.0)):
         assert phased_weight(progress, cfg) == pytest.approx(weight, abs=1e-15)
     assert phased_weight(0.3, cfg) == pytest.approx(0.3 * (1 + math.cos(math.pi / 4)) / 2)
     curve = [phased_weight(i / 1000, cfg) for i in range(1001)]
@@ -637,7 +669,8 @@ def test_the_phased_weight_holds_then_falls_to_zero():
 
 
 RECIPE_NEEDS = {
-    "opd": "teacher", "gkd": "teacher", "topk": "teacher", "lsm": "teacher", "sft": "", "grpo": "reward group",
+    "opd": "teacher", "gkd": "teacher", "topk": "teacher", "lsm": "teacher", "sft": "",
+    "grpo": "reward group",
     "minillm": "teacher", "fire": "teacher", "multi": "teacher", "opsd": "teacher", "sdft": "teacher",
     "sdpo": "teacher reward group", "sg": "teacher reward group reference", "exopd": "teacher reference",
     "opdvr": "teacher reward", "kdrl": "teacher reward group", "uni": "teacher reward group",
@@ -653,9 +686,12 @@ def test_what_a_recipe_needs(recipe):
 
 
 @pytest.mark.parametrize("flags,what,expected", [
-    ("--recipe sg --sg_form scale", "reference", False), ("--recipe exopd --sg_form scale", "reference", True),
-    ("--recipe sg --divergence reverse_kl --pts_weight 0", "reward", False), ("--recipe opd --pts_weight 0.1", "reward", True),
-    ("--recipe sft --pts_weight 0.1", "teacher", True), ("--recipe sft --cold_start_steps 1", "teacher", True),
+    ("--recipe sg --sg_form scale", "reference", False),
+    ("--recipe exopd --sg_form scale", "reference", True),
+    ("--recipe sg --divergence reverse_kl --pts_weight 0", "reward", False),
+    ("--recipe opd --pts_weight 0.1", "reward", True),
+    ("--recipe sft --pts_weight 0.1", "teacher", True),
+    ("--recipe sft --cold_start_steps 1", "teacher", True),
     ("--recipe sft --responses teacher", "teacher", True), ("--recipe sft --advantage sg", "reward", False),
     ("--recipe opd --privileged sibling", "group", True), ("--recipe opd --weight tip", "kl", True)])
 def test_what_flags_need(flags, what, expected):
@@ -668,7 +704,8 @@ def test_what_flags_need(flags, what, expected):
 @pytest.mark.parametrize("table", ["ADVANTAGES", "WEIGHTS", "DIVERGENCES", "RECIPES"])
 def test_every_entry_is_tested_and_in_the_readme(table):
     """fails if: an entry is added without naming it in a test and in a row of README.md"""
-    names = {"ADVANTAGES": ADVANTAGES, "WEIGHTS": WEIGHTS, "DIVERGENCES": DIVERGENCES, "RECIPES": train.RECIPES}[table]
+    names = {"ADVANTAGES": ADVANTAGES, "WEIGHTS": WEIGHTS, "DIVERGENCES": DIVERGENCES,
+             "RECIPES": train.RECIPES}[table]
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     rows = "\n".join(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|"))
     assert [name for name in names if not re.search(rf"[\"']{name}[\"']", tests)] == [], "named in no test"

@@ -1,7 +1,7 @@
-"""Who scores and what they see: several teachers, privileged prompts, self-teachers, responses of the teacher, siblings.
+"""Who scores and what they see: several teachers, privileged prompts, self-teachers, siblings, cold starts.
 
-The reference is one plain forward pass over one sequence at a time. Models are those of conftest.py, and a third of
-another width and family.
+The reference is one plain forward pass over one sequence at a time. Models are those of conftest.py, and a
+third of another width and family.
 """
 import json
 import math
@@ -26,7 +26,8 @@ from eval import Problem  # noqa: E402
 from losses import Rows, diagnostics  # noqa: E402
 from model import load_model  # noqa: E402
 from rollout import from_responses  # noqa: E402
-from step import Clock, collect, look, teacher_reads, teacher_responses, teacher_sampling, train_step  # noqa: E402
+from step import (Clock, collect, look, teacher_reads, teacher_responses, teacher_sampling,  # noqa: E402
+                  train_step)
 from teacher import disagreement, score  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 from update import backward, signals  # noqa: E402
@@ -38,7 +39,8 @@ PROMPT = "{solution};{problem}"
 @pytest.fixture(scope="session")
 def folder(pair):
     """pair, with a third model and problems that name their teacher."""
-    write_checkpoint(pair / "third", 2, model_type="qwen2", vocab_size=20, hidden_size=32, intermediate_size=16,
+    write_checkpoint(pair / "third", 2, model_type="qwen2", vocab_size=20, hidden_size=32,
+                     intermediate_size=16,
                      num_hidden_layers=1)
     jsonl(pair / "routed.jsonl", [dict(problem=f"{a}+3", answer=str(a), solution=str(a), kind="ab"[a % 2])
                                   for a in range(10)])
@@ -76,11 +78,14 @@ def sampled(logp_NV, response):
     return logp_NV.gather(1, torch.tensor(response)[:, None]).squeeze(1)
 
 
-def told(run, models, rollout, prompts, teacher_B=None):
+def told(models, rollout, prompts, teacher_B=None):
     """log q(a) of every response token, each sequence read by its teacher after prompts[b]."""
-    with torch.no_grad():
-        return torch.cat([sampled(predictions(models[0 if teacher_B is None else teacher_B[b]], prompts[b],
-                                              rollout.response(b)), rollout.response(b)) for b in range(len(prompts))])
+    parts = []
+    for b, number in enumerate(teacher_B or [0] * len(prompts)):
+        response = rollout.response(b)
+        with torch.no_grad():
+            parts.append(sampled(predictions(models[number], prompts[b], response), response))
+    return torch.cat(parts)
 
 
 def close(a, b, atol=1e-5):
@@ -134,9 +139,11 @@ def test_the_gradient_is_the_sum_over_sequences(several, folder, max_tokens, chu
     s = signals(rollout, torch.arange(9))
     scale_N = torch.linspace(0.1, 1, len(s.token_N), dtype=torch.float64)
     cfg = train.Config(divergence="reverse_kl", micro_batch_tokens=max_tokens)
-    per_row = backward(student, rollout, s, scores_of(several), scale_N, None, cfg, vocab_size=VOCAB, chunk_rows=chunk_rows)
+    per_row = backward(student, rollout, s, scores_of(several), scale_N, None, cfg, vocab_size=VOCAB,
+                       chunk_rows=chunk_rows)
     found = {name: p.grad.clone() for name, p in student.named_parameters()}
-    kl_N = torch.cat([(p_NV.exp() * (p_NV - q_NV)).sum(-1) for p_NV, q_NV, _ in each((student, *several[1:]))])
+    kl_N = torch.cat([(p_NV.exp() * (p_NV - q_NV)).sum(-1)
+                      for p_NV, q_NV, _ in each((student, *several[1:]))])
     gradients = torch.autograd.grad((kl_N * scale_N).sum(), list(student.parameters()))
     for (name, gradient), expected in zip(found.items(), gradients):
         close(gradient, expected, 1e-6)          # the teachers' half is in float32
@@ -148,7 +155,8 @@ def test_the_gradient_is_the_sum_over_sequences(several, folder, max_tokens, chu
 def test_disagreement_equals_the_rows_written_out(several, chunk_rows):
     """fails if: student and teacher swap, or a part's rows land at their place among the part's own"""
     student, _, _, _ = several
-    found = disagreement(scores_of(several, models=[student]), scores_of(several), temperature=0.7, chunk_rows=chunk_rows)
+    found = disagreement(scores_of(several, models=[student]), scores_of(several), temperature=0.7,
+                         chunk_rows=chunk_rows)
     rows = list(each(several, 0.7))
     p_NV, q_NV = (torch.cat([row[i] for row in rows]).detach() for i in (0, 1))
     expected = diagnostics(Rows(p_NV, torch.zeros(len(p_NV), dtype=torch.int64), q_NV))
@@ -160,13 +168,14 @@ def test_disagreement_equals_the_rows_written_out(several, chunk_rows):
 def test_a_field_names_the_teacher(folder, command):
     """fails if: tags are numbered by first use instead of --teacher's order, or the step routes by place
     instead of problem"""
-    cfg, run = ready(command, recipe="multi", teacher=f"b={folder / 'third'},a={folder / 'teacher'}", route="kind",
+    cfg, run = ready(command, recipe="multi", route="kind",
+                     teacher=f"b={folder / 'third'},a={folder / 'teacher'}",
                      data=folder / "routed.jsonl", problems=6)
     assert run.teacher_of == [1, 0] * 5 and [m.config.hidden_size for m in run.teachers] == [32, 24]
     rollout, s, scores, _, asked, _ = look(cfg, run, 0, {}, Clock())
     teacher_B = [1 - i % 2 for i in asked]
     assert scores.teacher_B.tolist() == teacher_B == s.teacher_B.tolist() and set(teacher_B) == {0, 1}
-    close(scores.logp_N, told(run, run.teachers, rollout, [run.prompts[i] for i in asked], teacher_B))
+    close(scores.logp_N, told(run.teachers, rollout, [run.prompts[i] for i in asked], teacher_B))
 
 
 def test_every_teacher_is_tested_on_its_own_problems(folder, command, monkeypatch):
@@ -209,7 +218,8 @@ def test_with_prompts_changes_prompts_only():
 def test_a_privileged_teacher_reads_another_prompt(folder, command, teacher):
     """fails if: the student writes after the privileged prompt or is scored on it, or the teacher reads the
     student's"""
-    flags = dict(teacher=teacher if teacher == "self" else folder / teacher, teacher_prompt=PROMPT, problems=3)
+    flags = dict(teacher=teacher if teacher == "self" else folder / teacher, teacher_prompt=PROMPT,
+                 problems=3)
     _, plain = ready(command, **flags)
     cfg, run = ready(command, privileged="solution", **flags)
     assert run.prompts == plain.prompts
@@ -217,12 +227,13 @@ def test_a_privileged_teacher_reads_another_prompt(folder, command, teacher):
     same, s0, scores0, *_ = look(replace(cfg, privileged="none"), plain, 0, {}, Clock())
     assert torch.equal(rollout.tokens_BT, same.tokens_BT) and torch.equal(s.student_N, s0.student_N)
     shown = [run.tokenizer.prompt_ids(f"{run.train[i].solution};{run.train[i].prompt}") for i in asked]
-    close(scores.logp_N, told(run, run.teachers, rollout, shown))
-    close(scores0.logp_N, told(run, run.teachers, rollout, [run.prompts[i] for i in asked]))
+    close(scores.logp_N, told(run.teachers, rollout, shown))
+    close(scores0.logp_N, told(run.teachers, rollout, [run.prompts[i] for i in asked]))
     assert (scores.logp_N - scores0.logp_N).abs().min() > 1e-4 and usable_B.tolist() == [1.0] * len(asked)
-    if teacher == "self":       # the gradient too: the student on its own prompt against the teacher on the other
+    if teacher == "self":       # the gradient too: each side with its own prompt
         adamw(cfg, run).zero_grad()
-        per_row = backward(run.student, rollout, s, scores, torch.ones_like(s.student_N), None, cfg, **sizes(run))
+        per_row = backward(run.student, rollout, s, scores, torch.ones_like(s.student_N), None, cfg,
+                           **sizes(run))
         kl_N = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in (
             (predictions(run.student, run.prompts[i], rollout.response(b)),
              predictions(run.teachers[0], shown[b], rollout.response(b))) for b, i in enumerate(asked))])
@@ -230,14 +241,16 @@ def test_a_privileged_teacher_reads_another_prompt(folder, command, teacher):
 
 
 def user(*texts):
-    return [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"), texts)]
+    roles = ("system", "user", "assistant", "user")
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
 
 @pytest.mark.parametrize("prompt,solution,template,expected", [
     ("2+2?", "four", "{problem} -> {solution}", "2+2? -> four"),
     ("set {1}", "{problem}", "{solution}|{problem}|{other}|{}", "{problem}|set {1}|{other}|{}"),
     ("{solution}", r"\1 \g<0> \\", "{problem}{problem}={solution}", r"{solution}{solution}=\1 \g<0> \\"),
-    (user("be brief", "2+2?", "hm", "3+3?"), "six", "{problem} ({solution})", user("be brief", "2+2?", "hm", "3+3? (six)")),
+    (user("be brief", "2+2?", "hm", "3+3?"), "six", "{problem} ({solution})",
+     user("be brief", "2+2?", "hm", "3+3? (six)")),
     (user("be brief", "2+2?"), "four", "{solution}", user("be brief", "four")),
     (user("2+2?"), "four", "{problem}={solution}", user("2+2?=four"))])
 def test_privileged_prompt(prompt, solution, template, expected):
@@ -247,23 +260,25 @@ def test_privileged_prompt(prompt, solution, template, expected):
     assert privileged_prompt(prompt, solution, template) == expected and json.dumps(prompt) == before
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}, {"reference": "third"}, {"reference": "third", "lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}, {"reference": "third"},
+                                   {"reference": "third", "lora_rank": 2}], ids=str)
 def test_the_signals_of_a_step(folder, command, flags):
     """fails if: the reference is the student as it is now or --reference is ignored, kl_N reads the
     privileged prompt on the student's side, or a signal carries a gradient"""
     named = {"reference": folder / flags["reference"]} if "reference" in flags else {}
-    cfg, run = ready(command, recipe="exopd", weight="tip", privileged="solution", teacher_prompt=PROMPT, lr=0.05,
+    cfg, run = ready(command, recipe="exopd", weight="tip", privileged="solution", teacher_prompt=PROMPT,
+                     lr=0.05,
                      **{**flags, **named})
     reference, optimizer = load_model(folder / flags.get("reference", "student")), adamw(cfg, run)
     for step in range(2):
         rollout, s, scores, _, asked, _ = look(cfg, run, step, {}, Clock())
         prompts = [run.prompts[i] for i in asked]
-        close(s.reference_N, told(run, [reference], rollout, prompts))
+        close(s.reference_N, told([reference], rollout, prompts))
         kl = [(p.exp() * (p - q)).sum(-1) for b, i in enumerate(asked) for p, q in (
             [predictions(model, prompt, rollout.response(b)).detach()
              for model, prompt in ((run.student, prompts[b]), (run.teachers[0], run.privileged[i]))],)]
         close(s.kl_N, torch.cat(kl))
-        tensors = [*s, *(getattr(scores, name) for name in ("logp_N", "entropy_N")), scores.parts[0].hidden_nE]
+        tensors = [*s, scores.logp_N, scores.entropy_N, scores.parts[0].hidden_nE]
         assert not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
         train_step(cfg, run, optimizer, step, {}, Clock())
 
@@ -279,10 +294,10 @@ def test_the_initial_self_teacher_stays_the_initial_policy(folder, command, lora
     initial, optimizer = load_model(folder / "student"), adamw(cfg, run)
     for step in range(3):
         rollout, s, scores, _, asked, _ = look(cfg, run, step, {}, Clock())
-        close(scores.logp_N, told(run, [initial], rollout, [run.privileged[i] for i in asked]))
-        own_N = told(run, [run.student], rollout, [run.prompts[i] for i in asked])
+        close(scores.logp_N, told([initial], rollout, [run.privileged[i] for i in asked]))
+        own_N = told([run.student], rollout, [run.prompts[i] for i in asked])
         close(s.student_N, own_N)
-        moved = (own_N - told(run, [initial], rollout, [run.prompts[i] for i in asked])).abs().max().item()
+        moved = (own_N - told([initial], rollout, [run.prompts[i] for i in asked])).abs().max().item()
         assert (moved > 1e-3) == (step > 0)
         train_step(cfg, run, optimizer, step, {}, Clock())
     assert (run.teachers[0] is run.student) == (lora_rank > 0) and len(run.teachers) == 1
@@ -302,7 +317,7 @@ def test_the_average_follows_the_student(folder, command, lora_rank):
     assert run.teachers == [run.average] and run.average is not run.student
     for step in range(3):
         rollout, _, scores, _, asked, _ = look(cfg, run, step, {}, Clock())
-        close(scores.logp_N, told(run, [run.average], rollout, [run.privileged[i] for i in asked]))
+        close(scores.logp_N, told([run.average], rollout, [run.privileged[i] for i in asked]))
         train_step(cfg, run, optimizer, step, {}, Clock())
         now = {name: x.double() for name, x in run.student.weights().items()}
         expected = {name: 0.8 * x + 0.2 * now[name] for name, x in expected.items()}
@@ -316,15 +331,16 @@ def test_the_live_self_teacher_is_the_student(folder, command, lora_rank):
     """fails if: live switches the adapters off, a copy is made at the start, or scoring leaves a graph"""
     cfg, run = ready(command, teacher="self", self_teacher="live", lora_rank=lora_rank, lr=0.05)
     optimizer = adamw(cfg, run)
-    _, other = ready(command, recipe="opsd", teacher="self", self_teacher="live", teacher_prompt=PROMPT, lora_rank=lora_rank)
+    _, other = ready(command, recipe="opsd", teacher="self", self_teacher="live", teacher_prompt=PROMPT,
+                     lora_rank=lora_rank)
     loop.train_step(replace(cfg, privileged="solution", divergence="forward_kl"),
                     replace(run, privileged=other.privileged), optimizer, 0, {}, Clock())
     _, s, scores, *_ = look(cfg, run, 1, {}, Clock())
     assert not (s.teacher_N.requires_grad or scores.parts[0].hidden_nE.requires_grad)
-    record = train_step(cfg, run, optimizer, 1, {}, Clock())        # without a secret nothing is left to learn
+    record = train_step(cfg, run, optimizer, 1, {}, Clock())    # without a secret nothing is left to learn
     assert run.teachers == [run.student] and abs(record["reverse_kl"]) < 1e-6 and record["grad_norm"] < 1e-4
-    assert max((x - y).abs().max().item() for x, y in zip(run.student.weights().values(),
-                                                          load_model(folder / "student").weights().values())) > 1e-3
+    now, initial = (model.weights().values() for model in (run.student, load_model(folder / "student")))
+    assert max((x - y).abs().max().item() for x, y in zip(now, initial)) > 1e-3
 
 
 def interrupted(monkeypatch, command, at, **flags):
@@ -384,13 +400,15 @@ def test_near_duplicates_equal_brute_force(threshold):
 def test_near_duplicates_fold_case_space_and_chats(folder, command, tmp_path):
     """fails if: case or white space counts, a chat is compared as a list, or --mix_data keeps what --data
     has"""
-    mine = [problem("What is  TWO plus\ntwo?"), problem(user("be brief", "what is two plus two?")), problem("what is it?"),
+    mine = [problem("What is  TWO plus\ntwo?"), problem(user("be brief", "what is two plus two?")),
+            problem("what is it?"),
             problem("")]
     assert near_duplicates(mine, [problem("what is two plus two?")]) == {0, 1}
     assert near_duplicates(mine, []) == set() and near_duplicates([], mine) == set()
     known = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     new = [dict(problem=f"7777777{a}", answer="1") for a in range(3)]
-    path = jsonl(tmp_path / "mix.jsonl", [known[4], new[0], dict(known[5], problem=" " + known[5]["problem"]), *new[1:]])
+    again = dict(known[5], problem=" " + known[5]["problem"])
+    path = jsonl(tmp_path / "mix.jsonl", [known[4], new[0], again, *new[1:]])
     _, run = ready(command, mix_data=path, mix=0.5)
     assert run.first == 10 and [p.prompt for p in run.train[10:]] == [r["problem"] for r in new]
 
@@ -407,7 +425,7 @@ def noise(length, seed):
     ("".join(noise(100, 0) + noise(100, 1 + i) for i in range(3)), True),
     ("".join(noise(100, 0) + noise(100, 1 + i) for i in range(2)), False),
     ("".join(noise(99, 0) + noise(101, 1 + i) for i in range(3)), False),
-    ("".join(noise(100, 0) + noise(103, 1 + i) for i in range(3)), False),          # only every 10th window is looked at
+    ("".join(noise(100, 0) + noise(103, 1 + i) for i in range(3)), False),          # only every 10th window
     (noise(5000, 1) + 3 * noise(53, 0), True), (noise(4000, 1) + 3 * noise(53, 0), False),
     (noise(5000, 1) + 2 * noise(53, 0), False), (noise(5000, 1) + 3 * noise(49, 0), False),
     (noise(5000, 1) + 3 * (noise(53, 0) + "\n"), True)])
@@ -439,12 +457,14 @@ def ids(run, text, stop=True):
     return run.tokenizer.encode(text) + [END] * stop
 
 
-@pytest.mark.parametrize("recipe,flags", [("opd", {}), ("sg", {}), ("fire", {}), ("opsd", dict(teacher="self")),
+@pytest.mark.parametrize("recipe,flags", [("opd", {}), ("sg", {}), ("fire", {}),
+                                          ("opsd", dict(teacher="self")),
                                           ("sdpo", dict(teacher="self"))])
 def test_a_cold_start_imitates_the_teacher_then_switches(folder, command, recipe, flags):
     """fails if: a cold step rolls out or keeps the recipe's loss, weight or siblings; or the last one is a
     step too late"""
-    cfg, run = ready(command, recipe=recipe, reduction="token", cold_start_steps=2, lr=0.01, teacher_prompt=PROMPT,
+    cfg, run = ready(command, recipe=recipe, reduction="token", cold_start_steps=2, lr=0.01,
+                     teacher_prompt=PROMPT,
                      **{"teacher": folder / "teacher", **flags})
     written = {i: [ids(run, f"{i}={i}"), ids(run, f"{i}")] for i in (2, 3, 7)}
     optimizer, drawn = adamw(cfg, run), set()
@@ -454,10 +474,11 @@ def test_a_cold_start_imitates_the_teacher_then_switches(folder, command, recipe
         assert not on_policy and all(response in written[i] for response, i in zip(responses, asked))
         assert rollout.finished_B.all() and set(asked) <= set(written)
         drawn |= set(map(tuple, responses))
-        log_p_N = told(run, [run.student], rollout, [run.prompts[i] for i in asked])
+        log_p_N = told([run.student], rollout, [run.prompts[i] for i in asked])
         record = train_step(cfg, run, optimizer, step, written, Clock())
         assert record["loss"] == pytest.approx(-log_p_N.mean().item(), abs=1e-5) and record["kept"] == 1
-        assert record["on_policy"] == 0 and not {"advantage", "sampled_entropy", "teacher_weight"} & set(record)
+        assert not {"advantage", "sampled_entropy", "teacher_weight"} & set(record)
+        assert record["on_policy"] == 0
     assert len(drawn) > 3
     _, _, on_policy = collect(cfg, run, 2, written)
     assert on_policy and train_step(cfg, run, optimizer, 2, written, Clock())["on_policy"] == 1
@@ -469,7 +490,8 @@ def writes(responses, calls):
         calls.append((model, prompts, seed))
         both = [responses(prompt) for prompt in prompts]
         assert all(len(one) == samples for one in both)
-        return from_responses([p for p in prompts for _ in range(samples)], [ids for one in both for ids, _ in one],
+        return from_responses([p for p in prompts for _ in range(samples)],
+                              [ids for one in both for ids, _ in one],
                               [finished for one in both for _, finished in one], "cpu")
     return write
 
@@ -512,20 +534,24 @@ def test_every_problem_of_a_phased_step_is_written_by_its_teacher(folder, comman
     the run, or problems of --mix_data are forgotten"""
     calls = []
     monkeypatch.setattr(loop, "write", writes(lambda prompt: [([1, END], True)], calls))
-    mix = jsonl(tmp_path / "mix.jsonl", [dict(problem=f"7777777{a}", answer="1", solution="1", kind="b") for a in range(4)])
+    mix = jsonl(tmp_path / "mix.jsonl", [dict(problem=f"7777777{a}", answer="1", solution="1", kind="b")
+                                         for a in range(4)])
     for kinds, mixed in (("ab", True), ("a", False)):
-        data = jsonl(tmp_path / "d.jsonl", [dict(problem=f"{a}+3", answer="1", solution="1", kind=kinds[a % len(kinds)])
+        data = jsonl(tmp_path / "d.jsonl", [dict(problem=f"{a}+3", answer="1", solution="1",
+                                                 kind=kinds[a % len(kinds)])
                                             for a in range(10)])
         more = dict(mix_data=mix, mix=0.5) if mixed else {}
-        cfg, run = ready(command, teacher=f"a={folder / 'teacher'},b={folder / 'third'}", route="kind", data=data, steps=4,
-                         problems=4, pts_weight=0.1, pts_end=0.5, pts_samples=1, privileged="solution", teacher_prompt=PROMPT,
+        cfg, run = ready(command, teacher=f"a={folder / 'teacher'},b={folder / 'third'}", route="kind",
+                         data=data, steps=4,
+                         problems=4, pts_weight=0.1, pts_end=0.5, pts_samples=1, privileged="solution",
+                         teacher_prompt=PROMPT,
                          **more)
         calls.clear()
         (tmp_path / kinds).mkdir()
         kept = teacher_responses(cfg, run, SimpleNamespace(path=tmp_path / kinds))
         wanted = [i for step in range(2) for i in loop.ask(cfg, run, step, 4)]
         assert set(kept) == set(wanted) and (max(wanted) >= 10) == mixed
-        written = {(number, tuple(prompt)) for model, prompts, _ in calls for number in (run.teachers.index(model),)
+        written = {(run.teachers.index(model), tuple(prompt)) for model, prompts, _ in calls
                    for prompt in prompts}
         assert written == {(run.teacher_of[i], tuple(run.privileged[i])) for i in wanted}
         assert len({seed for *_, seed in calls}) == len(calls) == len(kinds)
@@ -533,20 +559,24 @@ def test_every_problem_of_a_phased_step_is_written_by_its_teacher(folder, comman
 
 def test_a_resumed_run_reads_the_teachers_responses(folder, command, tmp_path, monkeypatch, capsys):
     """fails if: a resumed run lets the teacher write again: its weights are no longer those that wrote"""
-    flags = dict(recipe="sg", steps=3, save_every=1, pts_weight=0.5, pts_hold=1.0, pts_end=1.0, cold_start_steps=1, lr=0.01,
+    flags = dict(recipe="sg", steps=3, save_every=1, pts_weight=0.5, pts_hold=1.0, pts_end=1.0,
+                 cold_start_steps=1, lr=0.01,
                  pts_samples=2)
     calls, real = [], loop.write
     def write(cfg, run, model, prompts, samples, seed):
         if samples == 2 and model in run.teachers:
-            return writes(lambda prompt: [([(prompt[0] + 3) % 10, END], True), ([1, 2], False)], calls)(cfg, run, model, prompts, 2, seed)
+            both = writes(lambda prompt: [([(prompt[0] + 3) % 10, END], True), ([1, 2], False)], calls)
+            return both(cfg, run, model, prompts, samples, seed)
         return real(cfg, run, model, prompts, samples, seed)
     monkeypatch.setattr(loop, "write", write)
     assert train.main(command(**flags, runs=tmp_path / "whole")) == 0
     interrupted(monkeypatch, command, 2, **flags)
     assert len(calls) == 2                      # once per run
-    whole, resumed = ((tmp_path / name / "a" / "last" / "trainer.safetensors").read_bytes() for name in ("whole", "runs"))
+    whole, resumed = ((tmp_path / name / "a" / "last" / "trainer.safetensors").read_bytes()
+                      for name in ("whole", "runs"))
     assert whole == resumed
-    records = [json.loads(line) for line in (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert [r["on_policy"] for r in records if "on_policy" in r] == [0, 1, 1]
     assert ["teacher_weight" in r for r in records if "on_policy" in r] == [False, True, True]
 
@@ -554,7 +584,8 @@ def test_a_resumed_run_reads_the_teachers_responses(folder, command, tmp_path, m
 PTS = dict(recipe="sg", pts_weight=0.3, pts_hold=0.25, pts_end=0.75, steps=8, problems=2, samples=2)
 
 
-@pytest.mark.parametrize("step,mu", [(0, 0.3), (2, 0.3), (4, 0.15), (5, 0.3 * (1 - 0.5 ** 0.5) / 2), (6, 0.0), (7, 0.0)])
+@pytest.mark.parametrize("step,mu", [(0, 0.3), (2, 0.3), (4, 0.15), (5, 0.3 * (1 - 0.5 ** 0.5) / 2), (6, 0.0),
+                                     (7, 0.0)])
 def test_phased_sampling_adds_mu_times_the_cross_entropy(folder, command, step, mu):
     """fails if: the gradient already there is lost, each response is averaged for itself, a repeated problem
     counts twice, or a problem without a response counts at all"""
@@ -564,11 +595,13 @@ def test_phased_sampling_adds_mu_times_the_cross_entropy(folder, command, step, 
     for p in run.student.parameters():
         p.grad = torch.full_like(p, 0.25)
     found = teacher_sampling(cfg, run, [3, 3, 8, 5, 0], step, written, sizes(run))
-    nll_N = -torch.cat([sampled(predictions(run.student, run.prompts[i], written[i][0]), written[i][0]) for i in (3, 5)])
+    nll_N = -torch.cat([sampled(predictions(run.student, run.prompts[i], written[i][0]), written[i][0])
+                        for i in (3, 5)])
     gradients = torch.autograd.grad(mu * nll_N.mean(), list(run.student.parameters()))
     for p, gradient in zip(run.student.parameters(), gradients):
         close(p.grad, 0.25 + gradient, 1e-7)            # the scale of a row is a float32
-    assert found == ({} if not mu else pytest.approx({"teacher_cross_entropy": nll_N.mean().item(), "teacher_weight": mu}))
+    reported = {"teacher_cross_entropy": nll_N.mean().item(), "teacher_weight": mu}
+    assert found == (pytest.approx(reported) if mu else {})
 
 
 def test_phased_sampling_of_nothing_adds_nothing(folder, command):
@@ -586,7 +619,8 @@ def test_phased_sampling_draws_among_a_problems_responses(folder, command):
     written = {3: [ids(run, text) for text in ("1", "2+2", "333")]}
     for p in run.student.parameters():
         p.grad = torch.zeros_like(p)
-    losses = [teacher_sampling(cfg, run, [3], step, written, sizes(run))["teacher_cross_entropy"] for step in (*range(20), 7)]
+    losses = [teacher_sampling(cfg, run, [3], step, written, sizes(run))["teacher_cross_entropy"]
+              for step in (*range(20), 7)]
     assert len(set(losses)) == 3 and losses[-1] == losses[7]
 
 
@@ -611,7 +645,8 @@ def siblings(command, folder, template=PROMPT):
     cfg, run = ready(command, recipe="sdpo", teacher="self", teacher_prompt=template, samples=4)
     texts = ["3", "0+3=3", "4", "+3", "4", "5", "1", "2"]           # problem 0 wants 3, problem 1 wants 4
     asked, finished = [0, 0, 0, 0, 1, 1, 2, 2], [True, True, True, False, True, True, True, True]
-    rollout = from_responses([run.prompts[i] for i in asked], [ids(run, text, done) for text, done in zip(texts, finished)],
+    rollout = from_responses([run.prompts[i] for i in asked],
+                             [ids(run, text, done) for text, done in zip(texts, finished)],
                              finished, "cpu")
     allowed = [{1}, {0}, {0, 1}, {0, 1}, set(), {4}, set(), set()]
     return cfg, run, texts, asked, rollout, allowed
@@ -628,12 +663,14 @@ def test_a_sibling_is_a_right_finished_response_of_another_sample(folder, comman
     for step in range(30):
         seen, usable_B = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
         again, _ = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
-        assert usable_B.tolist() == [float(bool(who)) for who in allowed] and torch.equal(seen.tokens_BT, again.tokens_BT)
+        assert usable_B.tolist() == [float(bool(who)) for who in allowed]
+        assert torch.equal(seen.tokens_BT, again.tokens_BT)
         for b in range(8):
             assert seen.response(b) == rollout.response(b)
             shown[b].add(tuple(seen.tokens_BT[b, :seen.prompt_len_B[b]].tolist()))
     for b, i in enumerate(asked):
-        expected = {tuple(run.tokenizer.prompt_ids(privileged_prompt(run.train[i].prompt, texts[c], template or SHOWN_SOLUTION)))
+        prompt, form = run.train[i].prompt, template or SHOWN_SOLUTION
+        expected = {tuple(run.tokenizer.prompt_ids(privileged_prompt(prompt, texts[c], form)))
                     for c in allowed[b]}
         assert shown[b] == (expected or {tuple(run.prompts[i])})
 
@@ -650,7 +687,8 @@ def test_a_sample_without_a_sibling_is_not_learned_from(folder, command, monkeyp
         for b, i in enumerate(asked))]
     kept = torch.cat([kl_n for kl_n, who in zip(kl, allowed) if who])
     loss = kept.mean()
-    expected = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(run.student.parameters()))]).norm()
+    gradients = torch.autograd.grad(loss, list(run.student.parameters()))
+    expected = torch.stack([g.norm() for g in gradients]).norm()
     record = train_step(cfg, run, adamw(cfg, run), 0, {}, Clock())
     assert record["kept"] == len(kept) / len(torch.cat(kl))
     assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -662,27 +700,36 @@ def test_a_sample_without_a_sibling_is_not_learned_from(folder, command, monkeyp
 def bad_flags(folder, tmp_path):
     """name -> (flags, what the one sentence says)."""
     known = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    without = {key: jsonl(tmp_path / f"{key}.jsonl", [{k: v for k, v in r.items() if k not in keys} for r in known])
+    without = {key: jsonl(tmp_path / f"{key}.jsonl",
+                          [{k: v for k, v in r.items() if k not in keys} for r in known])
                for key, keys in (("solution", ["solution"]), ("answer", ["answer", "solution"]))}
     strange = jsonl(tmp_path / "strange.jsonl", [known[0] | {"kind": "a"}, known[1] | {"kind": "c"}])
     two = dict(teacher=f"a={folder / 'teacher'},b={folder / 'third'}", route="kind")
     secret = dict(recipe="opsd", teacher="self")
     long = PROMPT + 45 * "1"
     return {
-        "unknown tag": (two | dict(data=strange), r"strange.jsonl, line 2: kind is 'c', which names no teacher.* a, b"),
+        "unknown tag": (two | dict(data=strange),
+                        r"strange.jsonl, line 2: kind is 'c', which names no teacher.* a, b"),
         "no tag": (two, r"train.jsonl, line 1: kind is None, which names no teacher"),
         "no folder": (dict(teacher="a="), "'a' is no tag=folder pair"),
-        "a tag twice": (dict(teacher=f"a={folder / 'teacher'},a={folder / 'third'}"), "a tag names two teachers"),
-        "no solution": (secret | dict(data=without["solution"], teacher_prompt=PROMPT), r"solution.jsonl, line 1 has no solution"),
+        "a tag twice": (dict(teacher=f"a={folder / 'teacher'},a={folder / 'third'}"),
+                        "a tag names two teachers"),
+        "no solution": (secret | dict(data=without["solution"], teacher_prompt=PROMPT),
+                        r"solution.jsonl, line 1 has no solution"),
         "long secret": (secret | dict(teacher_prompt=long, max_new_tokens=10),
-                        r"train.jsonl, line 1: the teacher's prompt of \d+ tokens plus --max_new_tokens 10 exceed the context of 64"),
-        "long sibling": (secret | dict(recipe="sdpo", teacher_prompt=long, max_new_tokens=10), r"line 1: the teacher's prompt of"),
-        "no placeholder": (secret | dict(teacher_prompt="{problem}"), "must contain {problem} and {solution}"),
+                        r"train.jsonl, line 1: the teacher's prompt of \d+ tokens plus --max_new_tokens 10 "
+                        r"exceed the context of 64"),
+        "long sibling": (secret | dict(recipe="sdpo", teacher_prompt=long, max_new_tokens=10),
+                         r"line 1: the teacher's prompt of"),
+        "no placeholder": (secret | dict(teacher_prompt="{problem}"),
+                           "must contain {problem} and {solution}"),
         "grpo alone": (dict(recipe="grpo", samples=1), "--samples must be at least 2"),
         "sg alone": (dict(recipe="sg", samples=1), "--samples must be at least 2"),
-        "sibling alone": (secret | dict(recipe="sdpo", samples=1, teacher_prompt=PROMPT), "--samples must be at least 2"),
+        "sibling alone": (secret | dict(recipe="sdpo", samples=1, teacher_prompt=PROMPT),
+                          "--samples must be at least 2"),
         "sg without answers": (dict(recipe="sg", data=without["answer"]), "answer.jsonl, line 1: no answer"),
-        "phased without answers": (dict(pts_weight=0.1, data=without["answer"]), "answer.jsonl, line 1: no answer"),
+        "phased without answers": (dict(pts_weight=0.1, data=without["answer"]),
+                                   "answer.jsonl, line 1: no answer"),
         "no teacher": (dict(teacher="none"), "needs a teacher"),
         "secret for nobody": (dict(recipe="grpo", teacher="none", privileged="solution"), "there is none"),
         "report on nobody": (dict(recipe="grpo", teacher="none", report_only=True), "there is none"),
@@ -696,14 +743,16 @@ def bad_flags(folder, tmp_path):
     }
 
 
-BAD = ("unknown tag", "no tag", "no folder", "a tag twice", "no solution", "long secret", "long sibling", "no placeholder",
-       "grpo alone", "sg alone", "sibling alone", "sg without answers", "phased without answers", "no teacher",
+BAD = ("unknown tag", "no tag", "no folder", "a tag twice", "no solution", "long secret", "long sibling",
+       "no placeholder",
+       "grpo alone", "sg alone", "sibling alone", "sg without answers", "phased without answers",
+       "no teacher",
        "secret for nobody", "report on nobody", "two authors", "own author", "second teacher for no report",
        "half a mixture", "all of it known", "phases turned", "cold scope")
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_wrong_setting_is_one_sentence_before_anything_is_loaded(folder, command, tmp_path, monkeypatch, capsys, name):
+def test_a_wrong_setting_is_one_sentence(folder, command, tmp_path, monkeypatch, capsys, name):
     """fails if: a rule is dropped from check() or set_up(), or comes after the models"""
     monkeypatch.setattr(prepare, "load_model", None)
     every = bad_flags(folder, tmp_path)
@@ -719,7 +768,8 @@ def test_a_wrong_setting_is_one_sentence_before_anything_is_loaded(folder, comma
 
 def table(text):
     """name -> the five numbers of its line."""
-    found = re.findall(r"^(\w+) +(-?[\d.]+|nan) +(-?[\d.]+|nan) +(-?[\d.]+|nan) +(-?[\d.]+|nan) +(-?[\d.]+|nan)$", text, re.M)
+    line = r"^(\w+)" + 5 * r" +(-?[\d.]+|nan)" + "$"
+    found = re.findall(line, text, re.M)
     return {name: [float(x) for x in numbers] for name, *numbers in found}
 
 
@@ -727,15 +777,18 @@ def table(text):
 def test_report_only(folder, command, tmp_path, capsys, teacher):
     """fails if: the report trains or writes, compares the student with itself, or leaves a number
     undefined"""
-    assert train.main(command(teacher=teacher if teacher == "self" else folder / teacher, report_only=True, problems=4)) == 0
+    teacher_flag = teacher if teacher == "self" else folder / teacher
+    assert train.main(command(teacher=teacher_flag, report_only=True, problems=4)) == 0
     found = table(capsys.readouterr().out)
-    assert {"reverse_kl", "forward_kl", "overlap_ratio", "overlap_advantage", "entropy_gap", "topk_mass_teacher"} <= set(found)
+    assert {"reverse_kl", "forward_kl", "overlap_ratio", "overlap_advantage", "entropy_gap",
+            "topk_mass_teacher"} <= set(found)
     assert all(math.isfinite(x) for row in found.values() for x in row) and not (tmp_path / "runs").exists()
     if teacher == "teacher":
         assert min(found["reverse_kl"]) > 0.1 and found["overlap_ratio"][0] < 1
     else:
         assert found["overlap_ratio"] == [1.0] * 5
-        assert all(found[name] == [0.0] * 5 for name in ("reverse_kl", "forward_kl", "overlap_advantage", "entropy_gap"))
+        zero = ("reverse_kl", "forward_kl", "overlap_advantage", "entropy_gap")
+        assert all(found[name] == [0.0] * 5 for name in zero)
 
 
 def test_report_compares_two_teachers(folder, command, capsys):
