@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import checkpoint_folder, load_model
+from model import checkpoint_folder, load_model, set_threads
 from rollout import generate
 from tokenizer import Tokenizer, UserError
 
@@ -389,8 +389,7 @@ def run(argv: list[str] | None) -> dict:
     folder = checkpoint_folder(args.model)
     tokenizer = Tokenizer(folder, args.chat_template)
     model = load_model(folder, dtype=getattr(torch, dtype), device=device)
-    if sum(p.numel() for p in model.parameters()) < 10_000_000:
-        torch.set_num_threads(1)        # more only slow such small matrices down
+    set_threads(model)
     settings = {name: vars(args)[name] for name in ("k", "temperature", "max_new_tokens", "seed", "verifier")}
     metrics, samples = evaluate(model, tokenizer, problems, **settings, slots=args.slots, progress="evaluate",
                                 variables=variables)

@@ -487,3 +487,10 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing although {index.name} names it")
     return [folder / name for name in names]
+
+
+def set_threads(model: Transformer, threads: int = 0) -> None:
+    """`threads` CPU threads, or one for a tiny model: threads that wait for each other cost such matrices more than they
+    compute, ten times more on a busy machine."""
+    if threads or sum(p.numel() for p in model.parameters()) < 10_000_000:
+        torch.set_num_threads(threads or 1)

@@ -14,7 +14,7 @@ from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
 from eval import Problem, load_problems, template_variable
 from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
 from memory import auto_chunk, print_plan
-from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model
+from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model, set_threads
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
 
@@ -71,12 +71,6 @@ def choose_device(name: str) -> torch.device:
 
 def compute_dtype(cfg, device: torch.device) -> torch.dtype:
     return getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
-
-
-def set_threads(threads: int, model: Transformer) -> None:
-    """Threads that wait for each other cost tiny matrices more than they compute: ten times, on a busy machine."""
-    if threads or sum(p.numel() for p in model.parameters()) < 10_000_000:
-        torch.set_num_threads(threads or 1)
 
 
 def parse_ids(flag: str, text: str, vocab_size: int) -> tuple[int, ...] | None:
@@ -211,7 +205,7 @@ def set_up(cfg) -> Setup:
     if cfg.plan:
         sys.exit(0)
     student = load_model(folder, compute_dtype=dtype, device=device)
-    set_threads(cfg.threads, student)
+    set_threads(student, cfg.threads)
     if cfg.lora_rank:
         student.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     student.gradient_checkpointing = cfg.gradient_checkpointing

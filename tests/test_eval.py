@@ -340,7 +340,7 @@ def test_bootstrap_interval_covers_the_truth_in_95_of_100_runs():
 
 REPLIES = {"p": ["\\boxed{1}", "\\boxed{2}", "\\boxed{1.0}", "cut"], "q": ["8", "9", "9", "8.0"]}
 PROBLEMS = [ev.Problem("p", "1", None, {}, 3), ev.Problem("q", "9", None, {}, 5)]
-MODEL = SimpleNamespace(config=SimpleNamespace(context=20))
+MODEL = SimpleNamespace(config=SimpleNamespace(context=20), parameters=lambda: iter(()))
 TOKENIZER = SimpleNamespace(     # one token per character, "\0" stops
     prompt_ids=lambda prompt, **variables: [ord(c) for c in prompt + str(variables or "")],
     decode=lambda ids: "".join(map(chr, ids)).removesuffix("\0"), stop_ids=(0,), vocab_size=128)
