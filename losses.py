@@ -336,9 +336,8 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
     """
     states_ND = hidden_ND.detach()
     grad_ND = torch.empty_like(states_ND)
-    losses, per_row = [], []
-    for start in range(0, len(states_ND), chunk_rows):
-        at = slice(start, start + chunk_rows)
+
+    def one_chunk(at: slice) -> tuple[Tensor, dict[str, Tensor]]:   # a function, so that all it made dies with it
         logits_NV = upcast(states_ND[at] @ head_VD.T).requires_grad_()
         teacher_NV = None
         if teacher_hidden_NE is not None:
@@ -348,15 +347,16 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
                         **{name: None if value is None else value[at] for name, value in batch.items()})
             loss_N = divergence(rows, args)
             (grad_NV,) = torch.autograd.grad((loss_N * scale_N[at]).sum(), logits_NV)
-        losses.append(loss_N.detach())
-        if diagnose and teacher_NV is not None:
-            with torch.no_grad():
-                per_row.append(diagnostics(rows))
         grad_ND[at] = grad_NV.to(states_ND.dtype) @ head_VD
         if head_grad_VD is not None:
             head_grad_VD.addmm_(grad_NV.T.to(head_grad_VD.dtype), states_ND[at].to(head_grad_VD.dtype))
+        with torch.no_grad():
+            return loss_N.detach(), diagnostics(rows) if diagnose and teacher_NV is not None else {}
+
+    chunks = [one_chunk(slice(start, start + chunk_rows)) for start in range(0, len(states_ND), chunk_rows)]
     hidden_ND.backward(grad_ND)
-    return torch.cat(losses), {name: torch.cat([d[name] for d in per_row]) for name in (per_row[0] if per_row else ())}
+    return (torch.cat([loss_N for loss_N, _ in chunks]),
+            {name: torch.cat([per_row[name] for _, per_row in chunks]) for name in chunks[0][1]})
 
 
 def upcast(x: Tensor) -> Tensor:
