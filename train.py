@@ -30,6 +30,7 @@ from checkpoint import RunFolder, trainable
 from credit import ADVANTAGES, WEIGHTS, CreditArgs
 from eval import Parser, evaluate, metrics_of
 from losses import DIVERGENCES, LossArgs, opt
+from memory import give_back_freed_memory
 from prepare import Setup, needs, parse_teachers, set_up
 from report import report, self_check
 from step import Clock, teacher_responses, train_step
@@ -425,6 +426,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{path} is complete; pass --fresh to run it again, or change a flag for another run")
             print(closing_line(cfg, folder, folder.summary()))
             return 0
+        give_back_freed_memory()
         torch.manual_seed(cfg.seed)     # nothing draws from the global stream; if a fork does, it is at least fixed
         run = set_up(cfg)
         if cfg.report_only:
