@@ -1,14 +1,16 @@
-"""Checkpoint: what a run leaves on disk, so that killing it at any instant loses only the steps since the last save.
+"""Checkpoint: what a run leaves on disk, so that killing it at any instant loses only the steps since the
+last save.
 
     runs/NAME/config.json             the configuration that made it
-              metrics.jsonl           line 1: configuration and commit; then one record per step and per evaluation
+              metrics.jsonl           line 1: configuration and commit; then one record per step and per
+                                      evaluation
               samples/step-000030.jsonl   every held-out answer of one evaluation
               summary.json            written once, at the end
               step-000030/            a checkpoint: Hugging Face folder + trainer.safetensors + trainer.json
               last, best              links to two of those; older ones are deleted
 
-Everything is written under another name, flushed, and renamed into place: a file or folder with its final name is
-complete. A run is resumed from the newest complete step-* folder, whatever the links say.
+Everything is written under another name, flushed, and renamed into place: a file or folder with its final
+name is complete. A run is resumed from the newest complete step-* folder, whatever the links say.
 
 Kept apart from train.py so that its loop stays on one screen. Not here: what is trained, and how.
 """
@@ -124,7 +126,8 @@ class RunFolder:
                 remove(item)
 
     def compare(self, old: dict) -> None:
-        """The same run must mean the same configuration, or its curve would be two experiments glued together."""
+        """The same run must mean the same configuration, or its curve would be two experiments glued
+        together."""
         if changed := [key for key in self.config if old.get(key) != self.config[key]]:
             key = changed[0]
             raise UserError(f"{self.path} was started with {key} = {old.get(key)!r}, now it is {self.config[key]!r}; "
@@ -139,7 +142,8 @@ class RunFolder:
         return self.path / f"step-{step:06d}"
 
     def save(self, step: int, model, tokenizer, optimizer, state: dict, best: bool, average=None) -> None:
-        """A complete checkpoint or none: when the disk fills up, the unfinished one is removed and the previous stays."""
+        """A complete checkpoint or none: when the disk fills up, the unfinished one is removed and the
+        previous stays."""
         final = self.step_folder(step)
         temporary = final.with_name(final.name + TEMPORARY)
         try:
@@ -171,8 +175,9 @@ class RunFolder:
         os.replace(temporary, self.path / name)
 
     def resume(self, model, optimizer, average=None) -> dict | None:
-        """Load the newest checkpoint into model, optimizer and the teacher's running average; return its state, or None at
-        the very start. Records of steps after it are cut off metrics.jsonl: they will be made again."""
+        """Load the newest checkpoint into model, optimizer and the teacher's running average; return its
+        state, or None at the very start. Records of steps after it are cut off metrics.jsonl: they will be
+        made again."""
         if not self.steps():
             state = None
         else:
@@ -232,8 +237,8 @@ def trainable(model) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def trainer_tensors(model, optimizer, average=None) -> dict[str, torch.Tensor]:
-    """What the Hugging Face folder beside it does not hold: the trained weights as stored (float32 masters, adapters
-    unmerged), the optimizer's moments, and the running average where there is one."""
+    """What the Hugging Face folder beside it does not hold: the trained weights as stored (float32 masters,
+    adapters unmerged), the optimizer's moments, and the running average where there is one."""
     tensors = {f"average/{name}": p.detach().cpu() for name, p in average.named_parameters()} if average else {}
     for name, parameter in trainable(model):
         tensors[f"weight/{name}"] = parameter.detach().cpu()

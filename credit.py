@@ -2,14 +2,17 @@
 
 Place in the loop:  rollout -> teacher -> [CREDIT] -> losses -> optimizer.  Imports torch only.
 
-Two tables of pure functions of the whole step's rollout. A filter, a group statistic or a normalisation is only right
-when it sees all of it: official code of two papers is wrong because it computes them per micro-batch.
+Two tables of pure functions of the whole step's rollout. A filter, a group statistic or a normalisation is
+only right when it sees all of it: official code of two papers is wrong because it computes them per
+micro-batch.
 
-    ADVANTAGES   (Signals, CreditArgs) -> advantage_N    for the policy_gradient divergence; higher = more likely
+    ADVANTAGES   (Signals, CreditArgs) -> advantage_N    for the policy_gradient divergence; higher = more
+                 likely
     WEIGHTS      (Signals, CreditArgs) -> weight_N       >= 0, for every divergence; 0 = dropped
 
-Axes: N rows (response tokens of the step), B sequences, G problems ("groups"). a the sampled token; log q teacher,
-log b behaviour (the student when it sampled), log r reference (the student at step 0). Nothing here carries a gradient.
+Axes: N rows (response tokens of the step), B sequences, G problems ("groups"). a the sampled token; log q
+teacher, log b behaviour (the student when it sampled), log r reference (the student at step 0). Nothing here
+carries a gradient.
 
 Add one: write the function, give it a line in its table, say which signals it needs, test it.
 """
@@ -130,14 +133,15 @@ def opd(s: Signals, args: CreditArgs) -> Tensor:
 
 
 def grpo(s: Signals, args: CreditArgs) -> Tensor:
-    """(reward - group mean) / group std (n - 1), the same on every token of a response.  Shao 2024, arXiv:2402.03300;
-    without the std: Dr. GRPO, arXiv:2503.20783. A unanimous group gets exactly 0: no epsilon decides it."""
+    """(reward - group mean) / group std (n - 1), the same on every token of a response.  Shao 2024,
+    arXiv:2402.03300; without the std: Dr. GRPO, arXiv:2503.20783. A unanimous group gets exactly 0: no
+    epsilon decides it."""
     return group_advantage(s, args.grpo_std)[s.sequence_N]
 
 
 def group_advantage(s: Signals, divide: bool) -> Tensor:
-    # counted from the group's lowest reward: seven times 0.1 has a rounded mean that is not 0.1, and the std of that
-    # rounding error would turn it into an advantage of 0.9
+    # counted from the group's lowest reward: seven times 0.1 has a rounded mean that is not 0.1, and the std
+    # of that rounding error would turn it into an advantage of 0.9
     start_G = torch.zeros(int(s.group_B.max()) + 1, dtype=s.reward_B.dtype, device=s.reward_B.device)
     above_B = s.reward_B - start_G.scatter_reduce(0, s.group_B, s.reward_B, "amin", include_self=False)[s.group_B]
     centred_B = above_B - group_mean(above_B, s)[s.group_B]
@@ -149,20 +153,20 @@ def group_advantage(s: Signals, divide: bool) -> Tensor:
 
 
 def exopd(s: Signals, args: CreditArgs) -> Tensor:
-    """(log q - log b) + (extrapolate - 1)(log q - log r).  G-OPD / ExOPD, arXiv:2602.12125. The optimum moves past the
-    teacher, to r^(1-x) q^x; x = 1 is opd, 0 < x < 1 interpolates."""
+    """(log q - log b) + (extrapolate - 1)(log q - log r).  G-OPD / ExOPD, arXiv:2602.12125. The optimum moves
+    past the teacher, to r^(1-x) q^x; x = 1 is opd, 0 < x < 1 interpolates."""
     return opd(s, args) + (args.extrapolate - 1) * (s.teacher_N - s.reference_N)
 
 
 def sg(s: Signals, args: CreditArgs) -> Tensor:
-    """Sign-gated OPD, arXiv:2606.09304.  a1 = the verifier's verdict against its group, a2 = log q - log b; factor k =
-    sg_agree where a1 a2 > 0, else sg_conflict.
+    """Sign-gated OPD, arXiv:2606.09304.  a1 = the verifier's verdict against its group, a2 = log q - log b;
+    factor k = sg_agree where a1 a2 > 0, else sg_conflict.
 
     reference   a2 + (k - 1)(log q - log r)   form A: extrapolates from the initial student, as ExOPD does
     scale       k a2                          form B
-    At step 0 (r = b) both are the same. A unanimous group has a1 = 0, agrees nowhere, and is plain OPD at sg_conflict 1.
-    A cut response says nothing about its tokens and is not extrapolated either. Gates `random` (as many tokens, drawn
-    blindly) and `all` are the controls.
+    At step 0 (r = b) both are the same. A unanimous group has a1 = 0, agrees nowhere, and is plain OPD at
+    sg_conflict 1. A cut response says nothing about its tokens and is not extrapolated either. Gates `random`
+    (as many tokens, drawn blindly) and `all` are the controls.
     """
     a2_N = opd(s, args)
     verdict_B = torch.where(s.finished_B, group_advantage(s, divide=False), 0.0)
@@ -178,15 +182,16 @@ def sg(s: Signals, args: CreditArgs) -> Tensor:
 
 
 def opdvr(s: Signals, args: CreditArgs) -> Tensor:
-    """z max(0, z (log q - log b)), z = +1 for a right response, -1 for a wrong one.  OPDVR, arXiv:2608.24696: tokens
-    on which teacher and verifier disagree get nothing."""
+    """z max(0, z (log q - log b)), z = +1 for a right response, -1 for a wrong one.  OPDVR, arXiv:2608.24696:
+    tokens on which teacher and verifier disagree get nothing."""
     z_N = (2 * s.reward_B - 1)[s.sequence_N]
     return z_N * (z_N * opd(s, args)).clamp(min=0)
 
 
 def kdrl(s: Signals, args: CreditArgs) -> Tensor:
-    """grpo + coef (log q - log b), coef falling linearly.  KDRL, arXiv:2506.02208 (its k2 term has this gradient).
-    kdrl_mask drops the teacher on right responses, or on every response of a group that has one."""
+    """grpo + coef (log q - log b), coef falling linearly.  KDRL, arXiv:2506.02208 (its k2 term has this
+    gradient). kdrl_mask drops the teacher on right responses, or on every response of a group that has
+    one."""
     coef = args.kdrl_coef + (args.kdrl_coef_end - args.kdrl_coef) * s.progress
     right_B = s.reward_B > 0
     masked_B = {"none": torch.zeros_like(right_B), "response": right_B,
@@ -195,9 +200,10 @@ def kdrl(s: Signals, args: CreditArgs) -> Tensor:
 
 
 def uni(s: Signals, args: CreditArgs) -> Tensor:
-    """Outcome-guided margin.  Uni-OPD, arXiv:2605.03677: when in a group the mean log-ratio of right responses does not
-    exceed that of wrong ones by uni_margin, half of what is missing is added to every token of the right ones and taken
-    from the wrong ones. Groups with one outcome stay. Tokens with |log-ratio| >= uni_guard get no credit."""
+    """Outcome-guided margin.  Uni-OPD, arXiv:2605.03677: when in a group the mean log-ratio of right
+    responses does not exceed that of wrong ones by uni_margin, half of what is missing is added to every
+    token of the right ones and taken from the wrong ones. Groups with one outcome stay. Tokens with
+    |log-ratio| >= uni_guard get no credit."""
     ratio_N, right_B = opd(s, args), s.reward_B > 0
     score_B = sequence_mean(ratio_N, s)
     if args.uni_gap == "mean":
@@ -213,18 +219,18 @@ def uni(s: Signals, args: CreditArgs) -> Tensor:
 
 
 def rlsd(s: Signals, args: CreditArgs) -> Tensor:
-    """A clip(exp(sign(A)(log q - log b)), 1 - c, 1 + c), A from grpo.  RLSD, arXiv:2604.03128: the verifier sets the
-    sign, the teacher (usually the student with privileged context) only the size."""
+    """A clip(exp(sign(A)(log q - log b)), 1 - c, 1 + c), A from grpo.  RLSD, arXiv:2604.03128: the verifier
+    sets the sign, the teacher (usually the student with privileged context) only the size."""
     advantage_N = grpo(s, args)
     ratio_N = (advantage_N.sign() * (s.teacher_N - s.student_N)).exp()
     return advantage_N * ratio_N.clamp(1 - args.rlsd_clip, 1 + args.rlsd_clip)
 
 
 def scope(s: Signals, args: CreditArgs) -> Tensor:
-    """SCOPE, arXiv:2604.10688: right responses are imitated (advantage = weight: the gradient of weighted NLL), wrong ones
-    distilled (weight (log q - log b)). Weights are softmaxed perplexities inside the group's right and wrong halves, times
-    the half's size: student perplexity^(1/t) on the right, teacher perplexity^(-1/t) on the wrong. The launch scripts flip
-    the former's sign (scope_sign code)."""
+    """SCOPE, arXiv:2604.10688: right responses are imitated (advantage = weight: the gradient of weighted
+    NLL), wrong ones distilled (weight (log q - log b)). Weights are softmaxed perplexities inside the group's
+    right and wrong halves, times the half's size: student perplexity^(1/t) on the right, teacher
+    perplexity^(-1/t) on the wrong. The launch scripts flip the former's sign (scope_sign code)."""
     right_B = s.reward_B > 0
     sign = 1.0 if args.scope_sign == "paper" else -1.0
     log_ppl_B = torch.where(right_B, -sign * sequence_mean(s.student_N, s), sequence_mean(s.teacher_N, s))
@@ -244,8 +250,8 @@ def reopold_floor(args: CreditArgs) -> float:
 
 
 def reopold(s: Signals, args: CreditArgs) -> Tensor:
-    """max(log q - log b, floor).  REOPOLD, arXiv:2603.11137: the reward of a mixture of teacher and student, which is
-    bounded below; sources print the floor in two ways. Goes with the weight of the same name."""
+    """max(log q - log b, floor).  REOPOLD, arXiv:2603.11137: the reward of a mixture of teacher and student,
+    which is bounded below; sources print the floor in two ways. Goes with the weight of the same name."""
     return opd(s, args).clamp(min=reopold_floor(args))
 
 
@@ -263,10 +269,11 @@ def uniform(s: Signals, args: CreditArgs) -> Tensor:
 def fire(s: Signals, args: CreditArgs) -> Tensor:
     """Filter, then reweight.  FiRe-OPD, arXiv:2606.02684, eqs. 4-8.
 
-    Filter: score = the teacher's mean log-prob of the response; a response below the fire_drop quantile (linear, ties
-    stay) of the whole step is dropped. Reweight: (1 + alpha (1 - H_T/max H_T)) (1 + beta H_S/max H_S), divided by its mean
-    in the response, so that it shifts weight between tokens and never between responses. The official code takes the
-    quantile inside micro-batches of one response, where it drops nothing.
+    Filter: score = the teacher's mean log-prob of the response; a response below the fire_drop quantile
+    (linear, ties stay) of the whole step is dropped. Reweight: (1 + alpha (1 - H_T/max H_T)) (1 + beta
+    H_S/max H_S), divided by its mean in the response, so that it shifts weight between tokens and never
+    between responses. The official code takes the quantile inside micro-batches of one response, where it
+    drops nothing.
     """
     score_B = sequence_mean(s.teacher_N, s)
     part_B = s.teacher_B if args.fire_filter == "teacher" and s.teacher_B is not None else torch.zeros_like(s.group_B)
@@ -282,7 +289,8 @@ def fire(s: Signals, args: CreditArgs) -> Tensor:
 
 
 def tip(s: Signals, args: CreditArgs) -> Tensor:
-    """The tip_keep share of tokens with the highest h + d - h d, where h = student entropy and d = KL(p||q), both scaled
+    """The tip_keep share of tokens with the highest h + d - h d, where h = student entropy and d = KL(p||q),
+    both scaled
     to [0, 1] over the step: uncertain or wrong.  TIP, arXiv:2604.14084."""
     def scaled(x_N: Tensor) -> Tensor:
         spread = x_N.max() - x_N.min()
@@ -298,7 +306,8 @@ def keep_highest(score_N: Tensor, share: float) -> Tensor:
 
 
 def reopold_weight(s: Signals, args: CreditArgs) -> Tensor:
-    """First half of training: tokens whose log-ratio is above the floor. Second half: the reopold_entropy share of tokens
+    """First half of training: tokens whose log-ratio is above the floor. Second half: the reopold_entropy
+    share of tokens
     with the highest student entropy.  REOPOLD, arXiv:2603.11137 (switch at half: a reading of the paper)."""
     if s.progress < 0.5:
         return (s.teacher_N - s.student_N >= reopold_floor(args)).to(s.student_N.dtype)
@@ -313,8 +322,8 @@ def random(s: Signals, args: CreditArgs) -> Tensor:
 WEIGHTS = {"none": uniform, "fire": fire, "tip": tip, "reopold": reopold_weight, "random": random}
 
 def supervised(s: Signals, args: CreditArgs) -> Tensor:
-    """1 where a token may have a loss at all, whatever the weight: skip_first (SDFT, arXiv:2601.19897), loss_first_n
-    (supervision depth), skip_tokens (the special-token mask of arXiv:2603.25562)."""
+    """1 where a token may have a loss at all, whatever the weight: skip_first (SDFT, arXiv:2601.19897),
+    loss_first_n (supervision depth), skip_tokens (the special-token mask of arXiv:2603.25562)."""
     last = args.loss_first_n or int(s.length_B.max())
     skipped = torch.tensor([int(part) for part in args.skip_tokens.split(",") if part], dtype=torch.int64,
                            device=s.token_N.device)
@@ -322,7 +331,8 @@ def supervised(s: Signals, args: CreditArgs) -> Tensor:
     return inside_N.to(s.student_N.dtype)
 
 
-# What an entry needs beyond the student's own log-probs; train.py checks it before the first step and provides it.
+# What an entry needs beyond the student's own log-probs; train.py checks it before the first step and
+# provides it.
 NEEDS = {
     "teacher": ("opd", "exopd", "sg", "opdvr", "kdrl", "uni", "rlsd", "scope", "reopold", "fire", "tip"),
     "reward": ("grpo", "sg", "opdvr", "kdrl", "uni", "rlsd", "scope"),

@@ -2,8 +2,8 @@
 
 Place in the loop:  [DATA] -> rollout -> teacher -> credit -> losses.
 
-Order comes from (seed, step) alone, so a resumed run sees the same problems. What a problem and a right answer are is
-eval.py's business.
+Order comes from (seed, step) alone, so a resumed run sees the same problems. What a problem and a right
+answer are is eval.py's business.
 """
 import math
 import re
@@ -23,7 +23,8 @@ def pick(total: int, count: int, step: int, seed: int) -> list[int]:
 
 
 def pick_mixed(first: int, second: int, share: float, count: int, step: int, seed: int) -> list[int]:
-    """`count` problems, in the long run `share` of them from the second file, whose indices start at `first`."""
+    """`count` problems, in the long run `share` of them from the second file, whose indices start at
+    `first`."""
     def until(step: int) -> int:        # problems asked of the second file before this step
         return math.floor(step * count * share)
     start, stop = until(step), until(step + 1)
@@ -42,8 +43,9 @@ SHOWN_SOLUTION = (
 
 
 def privileged_prompt(prompt: str | list[dict], solution: str, template: str) -> str | list[dict]:
-    """The student's prompt with `template` in place of its last user message (of its last one, if no user speaks);
-    {problem} and {solution} are filled in one pass, so braces inside the problem stay text.  OPSD, arXiv:2601.18734 v3 (structure of its code's prompt, our words).
+    """The student's prompt with `template` in place of its last user message (of its last one, if no user
+    speaks); {problem} and {solution} are filled in one pass, so braces inside the problem stay text.  OPSD,
+    arXiv:2601.18734 v3: the structure of its code's prompt, in our words.
 
     >>> privileged_prompt("2+2?", "four", "{solution} | {problem}")
     'four | 2+2?'
@@ -58,9 +60,9 @@ def privileged_prompt(prompt: str | list[dict], solution: str, template: str) ->
 # Filters
 
 def degenerate(text: str) -> bool:
-    """Does a response run in circles?  The cold-start filters of Rethinking OPD's code (arXiv:2604.13016): a line of at
-    least 20 characters five times; a window of 100 characters (every 10th) three times; in texts over 5,000 characters a
-    block of at least 50 repeated three times in a row."""
+    """Does a response run in circles?  The cold-start filters of Rethinking OPD's code (arXiv:2604.13016): a
+    line of at least 20 characters five times; a window of 100 characters (every 10th) three times; in texts
+    over 5,000 characters a block of at least 50 repeated three times in a row."""
     lines = Counter(line for line in text.splitlines() if len(line) >= 20)
     windows = Counter(text[start:start + 100] for start in range(0, len(text) - 99, 10))
     if max(lines.values(), default=0) >= 5 or max(windows.values(), default=0) >= 3:
@@ -74,11 +76,11 @@ def problem_text(problem: Problem) -> str:
 
 
 def near_duplicates(problems: list[Problem], others: list[Problem], threshold: float = 0.6) -> set[int]:
-    """Indices of `problems` whose text is that of one of `others`, or nearly: Jaccard similarity of their sets of
-    character 5-grams at least `threshold` (case and white space folded).
+    """Indices of `problems` whose text is that of one of `others`, or nearly: Jaccard similarity of their
+    sets of character 5-grams at least `threshold` (case and white space folded).
 
-    Exact, and far from quadratic: two sets that similar must share one of each other's |A| - ceil(t |A|) + 1 rarest
-    members, so only those are looked up (prefix filtering, Chaudhuri 2006).
+    Exact, and far from quadratic: two sets that similar must share one of each other's |A| - ceil(t |A|) + 1
+    rarest members, so only those are looked up (prefix filtering, Chaudhuri 2006).
     """
     def grams(problem: Problem) -> set[str]:
         text = problem_text(problem)

@@ -2,15 +2,17 @@
 
 Place in the loop:  rollout -> teacher -> credit -> [LOSSES] -> optimizer.  Imports torch only.
 
-This file sees ROWS. One row = one response token; prompts, padding and the shift by one are gone before a row exists,
-so nothing here takes a mask. DIVERGENCES is a table of pure functions (Rows, LossArgs) -> loss_N, one number per row,
-not reduced. How much a row counts, and the advantage of a policy gradient, come from credit.py.
+This file sees ROWS. One row = one response token; prompts, padding and the shift by one are gone before a row
+exists, so nothing here takes a mask. DIVERGENCES is a table of pure functions (Rows, LossArgs) -> loss_N, one
+number per row, not reduced. How much a row counts, and the advantage of a policy gradient, come from
+credit.py.
 
 Axes: N rows, V real vocabulary, K support, D student width, E teacher width.
-p student, q teacher, b behaviour (the student when it sampled), a the sampled token. Natural logs; float32, or float64
-when given. reverse_kl = KL(p||q), forward_kl = KL(q||p).
+p student, q teacher, b behaviour (the student when it sampled), a the sampled token. Natural logs; float32,
+or float64 when given. reverse_kl = KL(p||q), forward_kl = KL(q||p).
 
-What differentiating each sampled estimate of KL(p||q) really does, in expectation over a ~ p (tests/test_losses.py):
+What differentiating each sampled estimate of KL(p||q) really does, in expectation over a ~ p
+(tests/test_losses.py):
     k1 = log p(a) - log q(a)       right value, gradient exactly zero             not offered
     k2 = (log p(a) - log q(a))^2/2 wrong value, gradient of KL(p||q)              offered
     k3 = q/p - 1 - log q/p         right value, gradient of KL(q||p)              not offered
@@ -64,12 +66,13 @@ class Rows(NamedTuple):
 def vocab_sum(term_NV: Tensor, args: LossArgs) -> Tensor:
     """Sum over the vocabulary, with one of two brakes on tokens where teacher and student are far apart.
 
-    entry_clip t   min(term, t) before the sum.  OPSD, Zhao 2026, arXiv:2601.18734 v3, section 3.2. A clipped term loses its
-                   gradient but keeps its share of the normaliser: for the forward KL the gradient is Q p - q on the unclipped
-                   tokens U and +Q p on clipped ones, Q = q(U). What the teacher wants to raise most is pushed DOWN, the
-                   minimum is below 0 and lies away from q. It acts as a gate: small disagreements are distilled, large ones
-                   refused.
-    token_clip t   the sum times min(1, t / sum), the factor held fixed: same direction, bounded size. Our alternative.
+    entry_clip t   min(term, t) before the sum.  OPSD, Zhao 2026, arXiv:2601.18734 v3, section 3.2. A clipped
+                   term loses its gradient but keeps its share of the normaliser: for the forward KL the
+                   gradient is Q p - q on the unclipped tokens U and +Q p on clipped ones, Q = q(U). What the
+                   teacher wants to raise most is pushed DOWN, the minimum is below 0 and lies away from q. It
+                   acts as a gate: small disagreements are distilled, large ones refused.
+    token_clip t   the sum times min(1, t / sum), the factor held fixed: same direction, bounded size. Our
+                   alternative.
     """
     if args.entry_clip:
         term_NV = term_NV.clamp(max=args.entry_clip)
@@ -77,26 +80,32 @@ def vocab_sum(term_NV: Tensor, args: LossArgs) -> Tensor:
     return sum_N * (args.token_clip / sum_N.detach().clamp(min=args.token_clip)) if args.token_clip else sum_N
 
 
-# Divergences over the whole vocabulary. Zero iff p == q; the teacher gets no gradient because its rows carry none.
+# Divergences over the whole vocabulary. Zero iff p == q; the teacher gets no gradient because its rows carry
+# none.
 
 def reverse_kl(r: Rows, args: LossArgs) -> Tensor:
-    """sum_v p (log p - log q) = KL(p||q), exact, mode-seeking.  Gu 2023, arXiv:2306.08543; GKD, arXiv:2306.13649.
+    """sum_v p (log p - log q) = KL(p||q), exact, mode-seeking.  Gu 2023, arXiv:2306.08543; GKD,
+    arXiv:2306.13649.
 
-    Gradient also flows through the leading p: the true derivative p (log p/q - KL) on the logits, no estimator.
+    Gradient also flows through the leading p: the true derivative p (log p/q - KL) on the logits, no
+    estimator.
     """
     return vocab_sum(r.student_NV.exp() * (r.student_NV - r.teacher_NV), args)
 
 
 def forward_kl(r: Rows, args: LossArgs) -> Tensor:
-    """sum_v q (log q - log p) = KL(q||p), exact, mass-covering; gradient p - q on the logits.  Hinton 2015."""
+    """sum_v q (log q - log p) = KL(q||p), exact, mass-covering; gradient p - q on the logits.  Hinton
+    2015."""
     return vocab_sum(r.teacher_NV.exp() * (r.teacher_NV - r.student_NV), args)
 
 
 def jsd(r: Rows, args: LossArgs) -> Tensor:
-    """beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p.  GKD, Agarwal 2023, arXiv:2306.13649, eq. 1.
+    """beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p.  GKD, Agarwal 2023, arXiv:2306.13649, eq.
+    1.
 
-    Limits: jsd/beta -> KL(q||p) as beta -> 0, jsd/(1-beta) -> KL(p||q) as beta -> 1, so jsd itself -> 0 at both ends:
-    beta acts as a learning rate there. beta of 0 or 1 is refused instead of silently becoming another loss.
+    Limits: jsd/beta -> KL(q||p) as beta -> 0, jsd/(1-beta) -> KL(p||q) as beta -> 1, so jsd itself -> 0 at
+    both ends: beta acts as a learning rate there. beta of 0 or 1 is refused instead of silently becoming
+    another loss.
     """
     if not 0 < args.beta < 1:
         raise ValueError(f"jsd needs 0 < beta < 1, not {args.beta}: use forward_kl or reverse_kl for the ends")
@@ -117,12 +126,14 @@ def log_mix(main_NV: Tensor, other_NV: Tensor, share: float) -> Tensor:
 
 
 def skewed_forward_kl(r: Rows, args: LossArgs) -> Tensor:
-    """KL(q || (1-skew) p + skew q).  DistiLLM, Ko 2024, arXiv:2402.03898. skew 0 = forward_kl; bounded by -log skew."""
+    """KL(q || (1-skew) p + skew q).  DistiLLM, Ko 2024, arXiv:2402.03898. skew 0 = forward_kl; bounded by
+    -log skew."""
     return vocab_sum(r.teacher_NV.exp() * (r.teacher_NV - log_mix(r.student_NV, r.teacher_NV, args.skew)), args)
 
 
 def skewed_reverse_kl(r: Rows, args: LossArgs) -> Tensor:
-    """KL(p || (1-skew) q + skew p).  DistiLLM, Ko 2024, arXiv:2402.03898. skew 0 = reverse_kl; bounded by -log skew."""
+    """KL(p || (1-skew) q + skew p).  DistiLLM, Ko 2024, arXiv:2402.03898. skew 0 = reverse_kl; bounded by
+    -log skew."""
     return vocab_sum(r.student_NV.exp() * (r.student_NV - log_mix(r.teacher_NV, r.student_NV, args.skew)), args)
 
 
@@ -138,7 +149,8 @@ class Support(NamedTuple):
 
 def choose_support(r: Rows, args: LossArgs) -> Support:
     """student / teacher: that side's top-k. intersection: the student's top-k that are in the teacher's too.
-    union: the student's, then the teacher's that are not among them. The choice itself carries no gradient."""
+    union: the student's, then the teacher's that are not among them. The choice itself carries no
+    gradient."""
     k = min(args.topk, r.student_NV.shape[1])
     student_id_NK = r.student_NV.detach().topk(k).indices
     teacher_id_NK = r.teacher_NV.topk(k).indices
@@ -154,8 +166,8 @@ def choose_support(r: Rows, args: LossArgs) -> Support:
 
 
 def renormalised(logp_NK: Tensor, keep_NK: Tensor) -> Tensor:
-    """log-probs divided by their mass on the support; -1e30 off it, and everywhere when the support is empty. A large
-    finite number, because -inf turns into NaN in the backward pass of a row without support."""
+    """log-probs divided by their mass on the support; -1e30 off it, and everywhere when the support is empty.
+    A large finite number, because -inf turns into NaN in the backward pass of a row without support."""
     masked_NK = logp_NK.masked_fill(~keep_NK, -1e30)
     empty_N1 = ~keep_NK.any(-1, keepdim=True)
     return torch.where(keep_NK, masked_NK - masked_NK.logsumexp(-1, keepdim=True).masked_fill(empty_N1, 0.0), -1e30)
@@ -167,8 +179,8 @@ def kl_on_support(a_NK: Tensor, b_NK: Tensor, keep_NK: Tensor) -> Tensor:
 
 
 def tail_term(a_NV: Tensor, b_NV: Tensor, s: Support) -> Tensor:
-    """The one bucket that holds everything outside the support: A log(A/B), A and B its masses. Summed from its own
-    entries, since 1 - (mass on the support) loses all digits when that mass is near 1."""
+    """The one bucket that holds everything outside the support: A log(A/B), A and B its masses. Summed from
+    its own entries, since 1 - (mass on the support) loses all digits when that mass is near 1."""
     # counted, not written: in a union the teacher's masked duplicate names the same token as its kept twin
     inside_NV = torch.zeros_like(a_NV).scatter_add(1, s.id_NK, s.keep_NK.to(a_NV.dtype)) > 0
     rest_a_N, rest_b_N = (x.masked_fill(inside_NV, -1e30).logsumexp(-1) for x in (a_NV, b_NV))
@@ -179,10 +191,12 @@ def topk_reverse_kl(r: Rows, args: LossArgs) -> Tensor:
     """KL(p||q) restricted to a support S.  Rethinking OPD, Li 2026, arXiv:2604.13016.
 
     renormalised   KL(p_S || q_S), both divided by their mass on S (eq. 5): >= 0, and identically 0 at k = 1.
-    truncated      sum_S w log(p/q) with w = p renormalised on S and held fixed, raw log-ratio, gradient through
-                   log p only: thunlp/OPD's code. Can be negative; differs from eq. 5 once S holds less than all mass.
-    tail           sum_S p log(p/q) + one bucket for the rest: a KL of a coarser distribution, 0 <= it <= KL(p||q).
-    All three equal KL(p||q), value and gradient, when S is the vocabulary. An empty intersection gives 0.
+    truncated      sum_S w log(p/q) with w = p renormalised on S and held fixed, raw log-ratio, gradient
+                   through log p only: thunlp/OPD's code. Can be negative; differs from eq. 5 once S holds
+                   less than all mass.
+    tail           sum_S p log(p/q) + one bucket for the rest: a KL of a coarser distribution, 0 <= it <=
+    KL(p||q). All three equal KL(p||q), value and gradient, when S is the vocabulary. An empty intersection
+    gives 0.
     """
     s = choose_support(r, args)
     if args.topk_form == "renormalised":
@@ -196,9 +210,10 @@ def topk_reverse_kl(r: Rows, args: LossArgs) -> Tensor:
 
 
 def topk_forward_kl(r: Rows, args: LossArgs) -> Tensor:
-    """KL(q||p) restricted to a support S, usually the teacher's.  Forms as in topk_reverse_kl; verl's forward_kl_topk is
-    `truncated`: sum_S q log(q/p) with raw probabilities, negative when the student holds more mass on S than the
-    teacher (verl issue 7856), and not at rest at p = q, where it still moves mass onto S. `tail` stays a KL."""
+    """KL(q||p) restricted to a support S, usually the teacher's.  Forms as in topk_reverse_kl; verl's
+    forward_kl_topk is `truncated`: sum_S q log(q/p) with raw probabilities, negative when the student holds
+    more mass on S than the teacher (verl issue 7856), and not at rest at p = q, where it still moves mass
+    onto S. `tail` stays a KL."""
     s = choose_support(r, args)
     if args.topk_form == "renormalised":
         return kl_on_support(renormalised(s.teacher_NK, s.keep_NK), renormalised(s.student_NK, s.keep_NK), s.keep_NK)
@@ -209,11 +224,12 @@ def topk_forward_kl(r: Rows, args: LossArgs) -> Tensor:
 # Losses on the sampled token alone.
 
 def policy_gradient(r: Rows, args: LossArgs) -> Tensor:
-    """-min(ratio A, clip(ratio) A), ratio = p(a)/b(a), A held fixed.  PPO, Schulman 2017; OPD as RL: Thinking Machines
-    2025. With A = log q(a) - log b(a) and b = p, E_a[gradient] = gradient of KL(p||q) at this prefix.
+    """-min(ratio A, clip(ratio) A), ratio = p(a)/b(a), A held fixed.  PPO, Schulman 2017; OPD as RL: Thinking
+    Machines 2025. With A = log q(a) - log b(a) and b = p, E_a[gradient] = gradient of KL(p||q) at this
+    prefix.
 
-    At the first update after sampling ratio = 1 and nothing is clipped: the gradient is -A grad log p(a). Effects of
-    this token on later ones are not counted (discount 0).
+    At the first update after sampling ratio = 1 and nothing is clipped: the gradient is -A grad log p(a).
+    Effects of this token on later ones are not counted (discount 0).
     """
     ratio_N = (r.student_N() - r.behavior_N).exp()
     clipped_N = ratio_N.clamp(1 - args.clip, 1 + args.clip)
@@ -221,21 +237,22 @@ def policy_gradient(r: Rows, args: LossArgs) -> Tensor:
 
 
 def k2(r: Rows, args: LossArgs) -> Tensor:
-    """(log p(a) - log q(a))^2 / 2.  Schulman's k2: E_a[gradient] = gradient of KL(p||q), though its value is not the KL.
-    No ratio: differentiate it on fresh samples only."""
+    """(log p(a) - log q(a))^2 / 2.  Schulman's k2: E_a[gradient] = gradient of KL(p||q), though its value is
+    not the KL. No ratio: differentiate it on fresh samples only."""
     return (r.student_N() - r.teacher_N()).square() / 2
 
 
 def cross_entropy(r: Rows, args: LossArgs) -> Tensor:
-    """-log p(a): imitation of given responses (SFT, sequence-level KD). On the student's own samples its expected
-    gradient is zero."""
+    """-log p(a): imitation of given responses (SFT, sequence-level KD). On the student's own samples its
+    expected gradient is zero."""
     return -r.student_N()
 
 
 def eopd(r: Rows, args: LossArgs) -> Tensor:
-    """policy_gradient + eopd_alpha [H(q) > eopd_entropy] sum_{top-k of q} q (log q - log p).  EOPD, arXiv:2603.07079: where
-    the teacher itself is unsure, one sampled token says little, so its alternatives are imitated as well. Added, not
-    switched to. Readings differ on dividing q by its top-k mass (eopd_renormalise); p keeps its full normaliser."""
+    """policy_gradient + eopd_alpha [H(q) > eopd_entropy] sum_{top-k of q} q (log q - log p).  EOPD,
+    arXiv:2603.07079: where the teacher itself is unsure, one sampled token says little, so its alternatives
+    are imitated as well. Added, not switched to. Readings differ on dividing q by its top-k mass
+    (eopd_renormalise); p keeps its full normaliser."""
     top_NK, id_NK = r.teacher_NV.topk(min(args.topk, r.teacher_NV.shape[1]))
     if args.eopd_renormalise:
         top_NK = top_NK - top_NK.logsumexp(-1, keepdim=True)
@@ -261,8 +278,8 @@ DIAGNOSTIC_K = 16       # the k of Rethinking OPD's metrics (arXiv:2604.13016, s
 
 
 def diagnostics(r: Rows) -> dict[str, Tensor]:
-    """Per row, no gradient.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens in both
-    top-16 sets. NaN where a quantity is undefined (no shared token); means skip those rows."""
+    """Per row, no gradient.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens
+    in both top-16 sets. NaN where a quantity is undefined (no shared token); means skip those rows."""
     p, q = r.student_NV.detach(), r.teacher_NV
     entropy_p, entropy_q = -(p.exp() * p).sum(-1), -(q.exp() * q).sum(-1)
     k = min(DIAGNOSTIC_K, p.shape[1])
@@ -288,8 +305,8 @@ def diagnostics(r: Rows) -> dict[str, Tensor]:
 
 
 def repeats(tokens: list[int], n: int = 4) -> list[float]:
-    """1.0 for each token that ends an n-gram seen earlier in the same response, else 0.0: its mean is the repetition
-    rate (seq-rep-4, Welleck 2019, arXiv:1908.04319).
+    """1.0 for each token that ends an n-gram seen earlier in the same response, else 0.0: its mean is the
+    repetition rate (seq-rep-4, Welleck 2019, arXiv:1908.04319).
 
     >>> repeats([1, 2, 3, 4, 1, 2, 3, 4])
     [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
@@ -303,8 +320,8 @@ def repeats(tokens: list[int], n: int = 4) -> list[float]:
 
 
 def summarise(per_row: dict[str, Tensor], position_N: Tensor, length_N: Tensor) -> dict[str, float]:
-    """Mean of every quantity over all rows, and over each quarter of the responses: name/q1 ... name/q4, where a token
-    belongs to the quarter of its own response in which it stands."""
+    """Mean of every quantity over all rows, and over each quarter of the responses: name/q1 ... name/q4,
+    where a token belongs to the quarter of its own response in which it stands."""
     quarter_N = (4 * position_N // length_N).clamp(max=3)
     out = {}
     for name, value_N in per_row.items():
@@ -321,18 +338,19 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
                      divergence, args: LossArgs, *, temperature: float, chunk_rows: int,
                      teacher_hidden_NE: Tensor | None = None, teacher_head_VE: Tensor | None = None,
                      diagnose: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """Backward of sum_n scale_n loss_n without ever holding (N, V) logits. Returns (loss_N, diagnostics per row).
+    """Backward of sum_n scale_n loss_n without ever holding (N, V) logits. Returns (loss_N, diagnostics per
+    row).
 
     hidden_ND      student states with their graph; teacher_hidden_NE the teacher's, constants.
     head_VD        student head cut to the real vocabulary, in the dtype of hidden_ND; no gradient of its own.
     head_grad_VD   where its gradient is added (None: the head is frozen).
     batch          the (N,) fields of Rows: token_N, behavior_N, advantage_N.
-    scale_N        weight of each row over the denominator of the whole optimizer step, counted before the first
-                   micro-batch.
+    scale_N        weight of each row over the denominator of the whole optimizer step, counted before the
+                   first micro-batch.
 
-    A few hundred rows at a time: project both sides, run the loss backward as far as the logits, turn that by hand into
-    the gradient of the states and of the head, forget the logits. Then push the states' gradient through the body once.
-    Extra memory: a handful of (chunk_rows, V) tensors, whatever N is.
+    A few hundred rows at a time: project both sides, run the loss backward as far as the logits, turn that by
+    hand into the gradient of the states and of the head, forget the logits. Then push the states' gradient
+    through the body once. Extra memory: a handful of (chunk_rows, V) tensors, whatever N is.
     """
     states_ND = hidden_ND.detach()
     grad_ND = torch.empty_like(states_ND)

@@ -1,7 +1,7 @@
 """Memory: what a run will need, said before it is spent.
 
-Place in the loop: train.py prints it before the weights are loaded (or `python train.py --plan` alone). Works from the
-two config.json files and the flags; nothing here allocates.
+Place in the loop: train.py prints it before the weights are loaded (or `python train.py --plan` alone). Works
+from the two config.json files and the flags; nothing here allocates.
 """
 import ctypes
 
@@ -17,8 +17,8 @@ def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
 
 def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int,
                 chunk_rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes, by what they are for. Weights, gradients, moments, cache and hidden rows are exact; activations count the
-    tensors that the backward pass keeps, and the allocator adds its own few percent."""
+    """Bytes, by what they are for. Weights, gradients, moments, cache and hidden rows are exact; activations
+    count the tensors that the backward pass keeps, and the allocator adds its own few percent."""
     def size(config: ModelConfig) -> int:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in Transformer(config).parameters())
@@ -52,7 +52,8 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
 
 
 def peak(plan: dict[str, int]) -> int:
-    """What is there all the time, plus the larger of the two phases: the cache is freed before the update begins."""
+    """What is there all the time, plus the larger of the two phases: the cache is freed before the update
+    begins."""
     rollout, update = ("KV cache",), ("activations of a micro-batch", "logits of a chunk")
     return (sum(size for name, size in plan.items() if name not in rollout + update)
             + max(sum(plan[name] for name in phase) for phase in (rollout, update)))
@@ -73,8 +74,9 @@ def size_text(size: float) -> str:
 
 
 def give_back_freed_memory() -> None:
-    """Tell glibc to hand large freed blocks back to the system at once instead of keeping them in pieces: chunk after chunk
-    of logits otherwise leaves a heap of 1.1 full logits tensors behind, with this 0.1 (bench/loss.py). Elsewhere: nothing."""
+    """Tell glibc to hand large freed blocks back to the system at once instead of keeping them in pieces:
+    chunk after chunk of logits otherwise leaves a heap of 1.1 full logits tensors behind, with this 0.1
+    (bench/loss.py). Elsewhere: nothing."""
     try:
         ctypes.CDLL(None).mallopt(-3, 1 << 20)      # -3 = M_MMAP_THRESHOLD, which grows by itself unless it is set
     except (OSError, AttributeError):

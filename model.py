@@ -4,18 +4,19 @@ Place in the loop: the student writes with it (rollout.py), the teacher scores w
 moves its weights.
 
     x = embed(tokens)
-    per layer:  x = x + o_proj( softmax( rope(q) . rope(k) / sqrt(H) ) v )        q, k, v = projections of norm(x)
-                x = x + down( silu(gate(norm(x))) * up(norm(x)) )
+    per layer:  x = x + o_proj( softmax( rope(q) . rope(k) / sqrt(H) ) v )        q, k, v = projections of
+                norm(x) x = x + down( silu(gate(norm(x))) * up(norm(x)) )
     hidden = norm(x);   logits = hidden . lm_head (or embed, when tied)
 
 Axes: B sequences, T positions, D width, V vocabulary rows, H head width, R key/value heads.
 
-Modules hold parameters and nothing else: the KV cache is an object that the caller owns. Parameter names equal the
-checkpoint's, so loading is a strict copy. Weights may be stored in float32 while products run in `compute_dtype`:
-each projection casts its weight to the dtype of its input, so gradients arrive and add up in the stored dtype.
+Modules hold parameters and nothing else: the KV cache is an object that the caller owns. Parameter names
+equal the checkpoint's, so loading is a strict copy. Weights may be stored in float32 while products run in
+`compute_dtype`: each projection casts its weight to the dtype of its input, so gradients arrive and add up in
+the stored dtype.
 
-Not here: text, sampling, losses; sliding windows (`context` ends at the window instead), quantised checkpoints,
-rope types other than default, linear and llama3.
+Not here: text, sampling, losses; sliding windows (`context` ends at the window instead), quantised
+checkpoints, rope types other than default, linear and llama3.
 """
 import contextlib
 import json
@@ -103,8 +104,8 @@ def rope_settings(raw: dict, where: str) -> dict:
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of channels, float32 (H/2,). llama3 keeps the fast ones, slows the slow ones
-    by `factor` and blends between (Llama 3.1)."""
+    """Angle per position of each pair of channels, float32 (H/2,). llama3 keeps the fast ones, slows the slow
+    ones by `factor` and blends between (Llama 3.1)."""
     rope, dim = config.rope, config.head_dim
     freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
     if rope["rope_type"] == "linear":
@@ -121,8 +122,8 @@ class KVCache:
     """Keys and values of `slots` sequences, each at its own length. The caller owns it and sets `length_B`.
 
     keys, values: per layer (slots, R, capacity, H). A forward pass with T tokens writes them at positions
-    length_B ... length_B + T - 1 of the first B slots; the caller then advances length_B. Positions past a sequence's
-    length hold leftovers: they are masked while decoding and overwritten before they are reached.
+    length_B ... length_B + T - 1 of the first B slots; the caller then advances length_B. Positions past a
+    sequence's length hold leftovers: they are masked while decoding and overwritten before they are reached.
     """
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype, device):
@@ -147,8 +148,8 @@ class KVCache:
         return keys[:, :, :self.longest + T], values[:, :, :self.longest + T]
 
     def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor) -> None:
-        """Slots `to` become copies of `source`'s slots `rows` (both int64): one prefilled prompt serves all its
-        samples."""
+        """Slots `to` become copies of `source`'s slots `rows` (both int64): one prefilled prompt serves all
+        its samples."""
         n = source.longest
         for mine, theirs in zip(self.keys + self.values, source.keys + source.values):
             mine[to, :, :n] = theirs[rows, :, :n]
@@ -279,8 +280,8 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """hidden_BTD after the last norm, compute_dtype. Causal; right padding needs no mask because nothing real
-        looks at it. With a cache, row b's tokens continue slot b at its own length."""
+        """hidden_BTD after the last norm, compute_dtype. Causal; right padding needs no mask because nothing
+        real looks at it. With a cache, row b's tokens continue slot b at its own length."""
         B, T = tokens_BT.shape
         device = tokens_BT.device
         start_B1 = torch.zeros(B, 1, dtype=torch.int64, device=device) if cache is None else cache.length_B[:B, None]
@@ -301,8 +302,8 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def response_hidden(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """hidden_ND: for each token under the mask, in row-major order, the state that predicts it. The one place
-        where positions shift by one: the state at t - 1 predicts the token at t."""
+        """hidden_ND: for each token under the mask, in row-major order, the state that predicts it. The one
+        place where positions shift by one: the state at t - 1 predicts the token at t."""
         assert not mask_BT[:, 0].any(), "the first token of a sequence has nothing that predicts it"
         return self(tokens_BT)[:, :-1][mask_BT[:, 1:]]
 
@@ -328,8 +329,9 @@ class Transformer(nn.Module):
     # LoRA
 
     def add_lora(self, rank: int, alpha: float, seed: int = 0) -> None:
-        """Freeze everything and give all seven projections of every layer an adapter; B = 0, so nothing changes yet.
-        The A matrices are drawn on the CPU, so that a seed gives the same adapter on every device."""
+        """Freeze everything and give all seven projections of every layer an adapter; B = 0, so nothing
+        changes yet. The A matrices are drawn on the CPU, so that a seed gives the same adapter on every
+        device."""
         rng = torch.Generator().manual_seed(seed)
         self.requires_grad_(False)
         for linear in self.projections():
@@ -376,8 +378,8 @@ class Transformer(nn.Module):
         return {name: merged.get(name, tensor) for name, tensor in plain.items()}
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors (LoRA merged) in `dtype`, by default the dtype the checkpoint came
-        in. The tokenizer's files are Tokenizer.save's business."""
+        """Write config.json and model.safetensors (LoRA merged) in `dtype`, by default the dtype the
+        checkpoint came in. The tokenizer's files are Tokenizer.save's business."""
         dtype = dtype or self.disk_dtype
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -389,8 +391,8 @@ class Transformer(nn.Module):
 
 
 def checkpoint_folder(name: str) -> Path:
-    """A folder as it is; anything that looks like `owner/name` is downloaded from the hub (safetensors and json
-    files and the chat template only: nothing that could be executed)."""
+    """A folder as it is; anything that looks like `owner/name` is downloaded from the hub (safetensors and
+    json files and the chat template only: nothing that could be executed)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -414,10 +416,11 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None,
                device: torch.device | str = "cpu") -> Transformer:
-    """The checkpoint in `folder`, stored as `dtype` on `device`, multiplying in compute_dtype (default: dtype).
+    """The checkpoint in `folder`, stored as `dtype` on `device`, multiplying in compute_dtype (default:
+    dtype).
 
-    Every tensor of the files fills exactly one parameter; a missing, extra, repeated or wrongly shaped one is a
-    UserError that names it. Peak memory: the model and one tensor.
+    Every tensor of the files fills exactly one parameter; a missing, extra, repeated or wrongly shaped one is
+    a UserError that names it. Peak memory: the model and one tensor.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -449,7 +452,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, comput
 
 
 def fill(parameters: dict, unfilled: set, name: str, tensors, file: Path) -> torch.dtype:
-    """Copy one tensor into the parameter of its name, or say why it does not fit. Returns its dtype on disk."""
+    """Copy one tensor into the parameter of its name, or say why it does not fit. Returns its dtype on
+    disk."""
     info = tensors.get_slice(name)
     if info.get_dtype() not in DISK_DTYPES:
         raise UserError(f"{file}: tensor {name} has dtype {info.get_dtype()}; supported are bf16, fp16 and fp32")
@@ -490,7 +494,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def set_threads(model: Transformer, threads: int = 0) -> None:
-    """`threads` CPU threads, or one for a tiny model: threads that wait for each other cost such matrices more than they
-    compute, ten times more on a busy machine."""
+    """`threads` CPU threads, or one for a tiny model: threads that wait for each other cost such matrices
+    more than they compute, ten times more on a busy machine."""
     if threads or sum(p.numel() for p in model.parameters()) < 10_000_000:
         torch.set_num_threads(threads or 1)

@@ -1,7 +1,7 @@
 """Prepare: everything a run needs, found and checked before the first step.
 
-Place in the loop: before it. Models, tokenizers, problems and prompts are loaded here; whatever is wrong with them is one
-sentence here, before any GPU time is spent. Not here: what a flag means (train.py).
+Place in the loop: before it. Models, tokenizers, problems and prompts are loaded here; whatever is wrong with
+them is one sentence here, before any GPU time is spent. Not here: what a flag means (train.py).
 """
 import sys
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ def needs(cfg, what: str) -> bool:
 
 @dataclass
 class Setup:
-    """What the loop works with. actor is the student as the sampler sees it: the student itself, or a copy in the
-    dtype of the products, refreshed once per step."""
+    """What the loop works with. actor is the student as the sampler sees it: the student itself, or a copy in
+    the dtype of the products, refreshed once per step."""
     student: Transformer
     actor: Transformer
     teachers: list[Transformer]         # [] without a teacher; [student] when it is its own (adapters off, or live)
@@ -137,8 +137,8 @@ def solutions(cfg, train: list[Problem], why: str) -> list[str]:
 
 
 def privileged_prompts(cfg, tokenizer: Tokenizer, train: list[Problem], variables: dict, context: int):
-    """What a teacher reads that is shown the solution. A sibling's response is not written yet: only the room for it is
-    checked, and None returned."""
+    """What a teacher reads that is shown the solution. A sibling's response is not written yet: only the room
+    for it is checked, and None returned."""
     if cfg.privileged == "none":
         return None
     sibling, template = cfg.privileged == "sibling", cfg.teacher_prompt or SHOWN_SOLUTION
@@ -151,7 +151,8 @@ def privileged_prompts(cfg, tokenizer: Tokenizer, train: list[Problem], variable
 
 
 def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transformer, dtype, device):
-    """(models that score, the running average or None, whether to switch the student's adapters off while scoring)."""
+    """(models that score, the running average or None, whether to switch the student's adapters off while
+    scoring)."""
     if cfg.teacher != "self":
         return [load_model(found, dtype=dtype, device=device).requires_grad_(False) for found in folders.values()], None, False
     if cfg.self_teacher == "ema":

@@ -1,4 +1,5 @@
-"""Report: what can be said before the first step: do student and teacher match, does the loop vanish at its fixed point?
+"""Report: what can be said before the first step: do student and teacher match, does the loop vanish at its
+fixed point?
 
 Place in the loop: before it, on request (--report_only, --self_check).
 """
@@ -29,8 +30,8 @@ def self_check(cfg, run: Setup) -> None:
     norm = torch.stack([p.grad.norm() for _, p in trainable(run.student)]).norm().item()
     kl = per_row["reverse_kl"].abs().max().item()
     gap = (scores.logp_N - s.student_N).abs().mean().item()
-    # these pull towards something else than the teacher even when both agree; decoding and scoring multiply in different
-    # orders: bfloat16 leaves 1e-2 nats between them, float32 1e-6
+    # these pull towards something else than the teacher even when both agree; decoding and scoring multiply
+    # in different orders: bfloat16 leaves 1e-2 nats between them, float32 1e-6
     rests = cfg.divergence not in ("cross_entropy", "eopd", "topk_forward_kl")
     exact = run.student.compute_dtype == torch.float32
     small = 1e-3 if exact or cfg.divergence not in losses.USES_ADVANTAGE else 0.1
@@ -41,8 +42,9 @@ def self_check(cfg, run: Setup) -> None:
 
 
 def report(cfg, run: Setup) -> int:
-    """Compatibility before any step (Rethinking OPD, arXiv:2604.13016, section 2.3): do student and teacher think alike on
-    the student's own tokens? Overlap near 1 and KL near 0: nothing to learn; low overlap mass: another pattern, try
+    """Compatibility before any step (Rethinking OPD, arXiv:2604.13016, section 2.3): do student and teacher
+    think alike on the student's own tokens? Overlap near 1 and KL near 0: nothing to learn; low overlap mass:
+    another pattern, try
     --cold_start_steps; in between is where OPD works. No number alone decides."""
     cfg = replace(cfg, lmbda=1.0, cold_start_steps=0)
     rollout, s, scores, _, asked, _ = look(cfg, run, 0, {}, Clock())

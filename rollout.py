@@ -1,19 +1,20 @@
-"""Rollout: the student writes the responses it will be trained on. The one sampler, for training and evaluation.
+"""Rollout: the student writes the responses it will be trained on. The one sampler, for training and
+evaluation.
 
 Place in the loop:  prompts -> [ROLLOUT] -> teacher -> loss -> optimizer.
 
     sequence b of tokens_BT:   [ prompt_b | response_b | padding ]
     mask_BT:                     0 0 0 0 0  1 1 1 1 1 1  0 0 0 0     the stop token is inside
 
-Sequences are decoded in a fixed set of slots, each at its own position. When one ends, the next request takes its
-slot; when none is left, the last live slot moves into the gap and the batch shrinks. So a finished sequence costs
-nothing while longer ones go on. A prompt is prefilled once for all samples admitted together.
+Sequences are decoded in a fixed set of slots, each at its own position. When one ends, the next request takes
+its slot; when none is left, the last live slot moves into the gap and the batch shrinks. So a finished
+sequence costs nothing while longer ones go on. A prompt is prefilled once for all samples admitted together.
 
-Every sequence draws from its own random stream, keyed by (seed, its number), so its text does not depend on the
-slot it got, on the number of slots or on its neighbours.
+Every sequence draws from its own random stream, keyed by (seed, its number), so its text does not depend on
+the slot it got, on the number of slots or on its neighbours.
 
-Not here: top-k and top-p. The loss scores the distribution that was sampled; truncating it would make training
-off-policy without saying so.
+Not here: top-k and top-p. The loss scores the distribution that was sampled; truncating it would make
+training off-policy without saying so.
 """
 from collections import deque
 from dataclasses import dataclass
@@ -53,16 +54,16 @@ class Rollout:
         return per_token_BT[self.mask_BT]
 
     def with_prompts(self, prompts: list[list[int]]) -> "Rollout":
-        """The same responses after other prompts, one per sequence: what a teacher with another context reads. Rows keep
-        their number and order."""
+        """The same responses after other prompts, one per sequence: what a teacher with another context
+        reads. Rows keep their number and order."""
         mask_BT, parts = self.mask_BT.cpu(), (self.tokens_BT.cpu(), self.logp_BT.cpu(), self.entropy_BT.cpu())
         responses, logps, entropies = ([row[mask] for row, mask in zip(part, mask_BT)] for part in parts)
         return assemble(prompts, responses, logps, entropies, self.finished_B.tolist(), self.tokens_BT.device)
 
     def micro_batches(self, max_tokens: int, sequence_b: Tensor | None = None):
-        """Yield (tokens_bt, mask_bt, row_n) of groups of sequences of similar length, each of at most max_tokens tokens
-        padding included (or one sequence): of all sequences, or of those in sequence_b. row_n says where the group's rows,
-        in row-major order, stand among all N."""
+        """Yield (tokens_bt, mask_bt, row_n) of groups of sequences of similar length, each of at most
+        max_tokens tokens padding included (or one sequence): of all sequences, or of those in sequence_b.
+        row_n says where the group's rows, in row-major order, stand among all N."""
         total_B = self.prompt_len_B + self.length_B
         row_BT = self.mask_BT.flatten().cumsum(0).view_as(self.mask_BT) - 1
         order, lengths = total_B.argsort(stable=True), total_B.tolist()
@@ -96,8 +97,8 @@ def assemble(prompts: list[list[int]], responses: list[Tensor], logps: list[Tens
 
 
 def from_responses(prompts: list[list[int]], responses: list[list[int]], finished: list[bool], device) -> Rollout:
-    """Given responses (stop token included) in the shape of a rollout. Nobody sampled them, so logp and entropy are
-    0 and mean nothing: only losses that never look at the behaviour policy may use such rows."""
+    """Given responses (stop token included) in the shape of a rollout. Nobody sampled them, so logp and
+    entropy are 0 and mean nothing: only losses that never look at the behaviour policy may use such rows."""
     texts = [torch.tensor(response, dtype=torch.int64) for response in responses]
     zeros = [torch.zeros(len(text)) for text in texts]
     return assemble(prompts, texts, zeros, zeros, finished, device)
@@ -106,9 +107,9 @@ def from_responses(prompts: list[list[int]], responses: list[list[int]], finishe
 def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One token per row: (token_B int64, its logp_B, entropy_B), the latter two float32 at `temperature`.
 
-    Exact inverse CDF of one uniform number in [0, 1) per row, in two levels: sums over blocks of about sqrt(V)
-    entries, then inside the one block that is hit. At 152k words this is several times cheaper than a multinomial
-    draw. temperature 0 = argmax, logp and entropy then at temperature 1.
+    Exact inverse CDF of one uniform number in [0, 1) per row, in two levels: sums over blocks of about
+    sqrt(V) entries, then inside the one block that is hit. At 152k words this is several times cheaper than a
+    multinomial draw. temperature 0 = argmax, logp and entropy then at temperature 1.
     """
     logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
     p_BV = logp_BV.exp()
@@ -129,8 +130,8 @@ def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Te
 
 
 def first_above(cdf_BK: Tensor, target_B1: Tensor) -> Tensor:
-    """Index of the first entry of each increasing row that exceeds the target. A target that rounding pushed up to
-    the row's total is taken just below it, so the entry hit always has a mass above zero."""
+    """Index of the first entry of each increasing row that exceeds the target. A target that rounding pushed
+    up to the row's total is taken just below it, so the entry hit always has a mass above zero."""
     below_B1 = torch.nextafter(cdf_BK[:, -1:], torch.zeros_like(target_B1))
     return torch.searchsorted(cdf_BK, torch.minimum(target_B1, below_B1), right=True)
 
@@ -154,8 +155,8 @@ class Slots:
         return len(self.request)
 
     def admit(self, requests: list[int], prompt_of: list[list[int]], limit_of: list[int], seed: int) -> Tensor:
-        """Prefill the prompts of `requests` into the next free slots; return the hidden state (n, D) that predicts
-        the first token of each. Requests with the same prompt object share one prefill row."""
+        """Prefill the prompts of `requests` into the next free slots; return the hidden state (n, D) that
+        predicts the first token of each. Requests with the same prompt object share one prefill row."""
         first = self.live
         unique = {id(prompt_of[r]): prompt_of[r] for r in requests}
         row_of = {key: row for row, key in enumerate(unique)}
@@ -175,7 +176,8 @@ class Slots:
             here = torch.tensor([pair for pair in here if 0 <= pair[1] < len(group)], device=self.device)
             self.cache.copy_rows(here[:, 0], prefill, here[:, 1])
         for slot, r in enumerate(requests, first):
-            # as uint64: a plain list of a huge and a small number becomes float64, and negative seeds one stream
+            # as uint64: a plain list of a huge and a small number becomes float64, and negative seeds one
+            # stream
             stream = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, r], dtype=np.uint64)))
             self.uniform_ST[slot, :limit_of[r]] = torch.from_numpy(stream.random(limit_of[r], dtype=np.float32))
         self.request += requests
@@ -203,7 +205,8 @@ class Slots:
         return hidden_BD
 
     def retire(self, stop_ids: Tensor):
-        """Yield (request, tokens, logps, entropies, finished) of every slot that stopped or is full, and free it."""
+        """Yield (request, tokens, logps, entropies, finished) of every slot that stopped or is full, and free
+        it."""
         live = self.live
         last_B = self.token_ST[torch.arange(live, device=self.device), self.count_S[:live] - 1]
         stopped_B = torch.isin(last_B, stop_ids)
@@ -236,7 +239,8 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
     """`samples` responses to each prompt; sequences i * samples ... belong to prompts[i].
 
     max_new_tokens   one limit, or one per prompt. A response ends with a stop token (kept) or at its limit.
-    vocab_size       real tokens: head rows past it are padding and are never sampled or counted in the softmax.
+    vocab_size       real tokens: head rows past it are padding and are never sampled or counted in the
+                     softmax.
     progress         label of a progress bar; None = silent.
     Ensures  logp_BT[mask_BT] == log-softmax of a plain forward pass over the same sequences (float32: 1e-5).
     Errors   UserError for an empty prompt, and for prompt + limit beyond the model's context.

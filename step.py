@@ -1,7 +1,7 @@
 """Step: one turn of the loop. Ask, write, read, weigh, move.
 
-Place in the loop: all of it once; train.py repeats it. (seed, step) alone decide what happens, never a stream that was left
-somewhere, so a resumed run does the same.
+Place in the loop: all of it once; train.py repeats it. (seed, step) alone decide what happens, never a stream
+that was left somewhere, so a resumed run does the same.
 
     collect          which problems, and who writes the responses: the student, the data, or the teacher
     teacher_reads    what the teachers see: the student's prompt, or one that shows a solution
@@ -41,7 +41,8 @@ def learning_rate(step: int, cfg) -> float:
 
 
 class Clock:
-    """Seconds by phase: `with clock("rollout"): ...`. On a GPU the phases end where the host reads a result."""
+    """Seconds by phase: `with clock("rollout"): ...`. On a GPU the phases end where the host reads a
+    result."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -96,7 +97,8 @@ def right(cfg, run: Setup, problem: int, text: str) -> bool:
 
 
 def rewards(cfg, run: Setup, texts: list[str], asked: list[int]) -> Tensor | None:
-    """1 for a right answer, 0 for a wrong one; None when some problem of the step has no answer to compare with."""
+    """1 for a right answer, 0 for a wrong one; None when some problem of the step has no answer to compare
+    with."""
     if any(run.train[i].answer is None for i in asked):
         return None
     return torch.tensor([float(right(cfg, run, i, text)) for i, text in zip(asked, texts)], device=run.student.device)
@@ -106,8 +108,10 @@ def teacher_reads(cfg, run: Setup, rollout: Rollout, asked: list[int], texts: li
                   step: int) -> tuple[Rollout, Tensor]:
     """(the sequences as the teachers read them, which of them it makes sense to learn from).
 
-    sibling: the solution shown is a right, finished response of another sample to the same problem, drawn at random (the
-    shortest one collapses training); a sample without such a sibling is not learned from.  SDPO, arXiv:2601.20802.
+    sibling: the solution shown is a right, finished response of another sample to the same problem, drawn at
+    random (the
+    shortest one collapses training); a sample without such a sibling is not learned from.  SDPO,
+    arXiv:2601.20802.
     """
     usable_B = torch.ones(len(asked), device=run.student.device)
     if cfg.privileged == "none":
@@ -137,7 +141,8 @@ def read(cfg, run: Setup, models: list, rollout: Rollout, teacher_B: Tensor | No
 
 
 def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
-    """Everything before the update: (rollout, signals, scores, which sequences count, problems asked, on policy?)."""
+    """Everything before the update: (rollout, signals, scores, which sequences count, problems asked, on
+    policy?)."""
     with clock("rollout"):
         if run.actor is not run.student:
             run.actor.refresh(run.student)
@@ -208,8 +213,8 @@ def phased_weight(progress: float, cfg) -> float:
 
 
 def teacher_sampling(cfg, run: Setup, asked: list[int], step: int, written: dict[int, list], sizes: dict) -> dict:
-    """Adds the gradient of phased_weight times the cross-entropy of one verified teacher response per problem of the step
-    that has one. They never enter the group statistics."""
+    """Adds the gradient of phased_weight times the cross-entropy of one verified teacher response per problem
+    of the step that has one. They never enter the group statistics."""
     weight = phased_weight(step / cfg.steps, cfg)
     chosen = [i for i in dict.fromkeys(asked) if written.get(i)]
     if not weight or not chosen:
@@ -224,8 +229,10 @@ def teacher_sampling(cfg, run: Setup, asked: list[int], step: int, written: dict
 
 
 def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
-    """problem -> responses its teacher wrote, once per run and kept in the run folder: finished, not running in circles,
-    and right where there is an answer.  Cold start: Rethinking OPD, arXiv:2604.13016, section 5.1; SG-OPD's teacher rollouts."""
+    """problem -> responses its teacher wrote, once per run and kept in the run folder: finished, not running
+    in circles,
+    and right where there is an answer.  Cold start: Rethinking OPD, arXiv:2604.13016, section 5.1; SG-OPD's
+    teacher rollouts."""
     path = folder.path / "teacher_responses.json"
     if not (cfg.cold_start_steps or cfg.pts_weight):
         return {}

@@ -2,17 +2,18 @@
 
 Place in the loop:  rollout -> [TEACHER] -> credit, losses -> optimizer.
 
-A teacher never writes here; it reads every sequence once and hands over, for each response token, its log-prob of that
-token, its entropy, and its hidden state. Hidden states, not logits: N x width is small, N x vocabulary is not (8,192
-tokens x 151,936 words are 4.6 GiB in float32, the hidden states of a 4,096 wide teacher 64 MiB). losses.py projects them
-a few rows at a time.
+A teacher never writes here; it reads every sequence once and hands over, for each response token, its
+log-prob of that token, its entropy, and its hidden state. Hidden states, not logits: N x width is small, N x
+vocabulary is not (8,192 tokens x 151,936 words are 4.6 GiB in float32, the hidden states of a 4,096 wide
+teacher 64 MiB). losses.py projects them a few rows at a time.
 
     one teacher            reads the student's own sequence
     several teachers       each reads the sequences that are routed to it; widths and families may differ
-    the student itself     as it was at the start, as a running average, or as it is now, reading a prompt that holds
-                           more than the student saw (a reference solution): self-distillation
+    the student itself     as it was at the start, as a running average, or as it is now, reading a prompt
+                           that holds more than the student saw (a reference solution): self-distillation
 
-Whatever it sees, a teacher scores the same response tokens, so rows keep their order. Not here: which loss is used.
+Whatever it sees, a teacher scores the same response tokens, so rows keep their order. Not here: which loss is
+used.
 """
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the teachers say about the N response tokens of a rollout, in Rollout.rows order. No gradient anywhere."""
+    """What the teachers say about the N response tokens of a rollout, in Rollout.rows order. No gradient
+    anywhere."""
     logp_N: Tensor          # float32: log q(token) at the sampling temperature
     entropy_N: Tensor       # float32, nats
     teacher_B: Tensor       # int64: which teacher read a sequence
@@ -46,11 +48,12 @@ class Scores:
 @torch.no_grad()
 def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, vocab_size: int, temperature: float,
           max_tokens: int, chunk_rows: int) -> Scores:
-    """Every sequence b read by models[teacher_B[b]], `max_tokens` tokens at a time, heads `chunk_rows` rows at a time.
+    """Every sequence b read by models[teacher_B[b]], `max_tokens` tokens at a time, heads `chunk_rows` rows
+    at a time.
 
-    `rollout` holds what the teachers see: the student's, or Rollout.with_prompts of it. vocab_size cuts padding rows off
-    the heads: they stand for no token, and mass that leaks there would be lost to both sides (Qwen2.5: 151,936 rows for one
-    size, 152,064 for another, 151,665 tokens).
+    `rollout` holds what the teachers see: the student's, or Rollout.with_prompts of it. vocab_size cuts
+    padding rows off the heads: they stand for no token, and mass that leaks there would be lost to both sides
+    (Qwen2.5: 151,936 rows for one size, 152,064 for another, 151,665 tokens).
     """
     n_rows, device = int(rollout.mask_BT.sum()), rollout.tokens_BT.device
     token_N = rollout.rows(rollout.tokens_BT)
@@ -80,8 +83,8 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
 
 @torch.no_grad()
 def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_rows: int) -> dict[str, Tensor]:
-    """losses.diagnostics, (N,) each, between one model's scores and another's on the same tokens: for credit rules and
-    reports that have to see them before the update. `student` is scored by a single model."""
+    """losses.diagnostics, (N,) each, between one model's scores and another's on the same tokens: for credit
+    rules and reports that have to see them before the update. `student` is scored by a single model."""
     out: dict[str, Tensor] = {}
     (mine,) = student.parts
     for part in teacher.parts:
@@ -102,8 +105,9 @@ def update_average(average: Transformer, student: Transformer, decay: float) -> 
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer, stop_ids: tuple[int, ...] | None) -> None:
-    """UserError unless both read the same ids the same way and end their turns with the same ones. A base student under
-    an instruct teacher with another stop token never learns to stop: its responses grow to the limit."""
+    """UserError unless both read the same ids the same way and end their turns with the same ones. A base
+    student under an instruct teacher with another stop token never learns to stop: its responses grow to the
+    limit."""
     mine, theirs = student.vocab(), teacher.vocab()
     if mine != theirs:
         odd = sorted(set(mine.items()) ^ set(theirs.items()), key=lambda item: item[1])[0]

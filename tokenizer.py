@@ -270,8 +270,8 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Copies the text-side files byte for byte. A template given by path becomes chat_template.jinja and
-        stop_ids set by the caller go into generation_config.json, so that whoever loads the folder prompts and
-        stops the model as it was here."""
+        stop_ids set by the caller go into generation_config.json, so that whoever loads the folder prompts
+        and stops the model as it was here."""
         sources = {name: self.folder / name for name in TEXT_FILES}
         if self._template_file is not None:
             sources["chat_template.jinja"] = self._template_file

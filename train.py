@@ -4,10 +4,12 @@
     python train.py --recipe gkd --lr 1e-4            # another method, another flag
     python train.py --help                            # every flag and what it means
 
-    repeat:  problems -> rollout (student) -> scores (teacher) -> advantage, weight -> loss -> one optimizer step
+    repeat:  problems -> rollout (student) -> scores (teacher) -> advantage, weight -> loss -> one optimizer
+             step
 
-A recipe is a row of overrides, and any flag after it overrides the recipe. The run lands in runs/NAME; the same command
-again goes on where it was stopped. Nothing imports this file; Config is the only place where defaults live.
+A recipe is a row of overrides, and any flag after it overrides the recipe. The run lands in runs/NAME; the
+same command again goes on where it was stopped. Nothing imports this file; Config is the only place where
+defaults live.
 """
 import argparse
 import importlib.util
@@ -171,13 +173,15 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
     return Config(**{**RECIPES[recipe], **given}), sorted(given)
 
 
-# flags that say where and how a run is watched: they may change when it goes on, and no result depends on them
+# flags that say where and how a run is watched: they may change when it goes on, and no result depends on
+# them
 NOT_THE_RUN = ("name", "runs", "fresh", "wandb", "tensorboard", "plan", "self_check", "report_only", "compare_teacher")
 
 
 def run_name(cfg: Config, given: list[str]) -> str:
-    """recipe,flag=value,...: the same command finds the same run, another flag makes another run. Of a path only the
-    last part is shown; should two paths share it, the configurations differ and the run folder says so."""
+    """recipe,flag=value,...: the same command finds the same run, another flag makes another run. Of a path
+    only the last part is shown; should two paths share it, the configurations differ and the run folder says
+    so."""
     parts = [f"{key}={str(getattr(cfg, key)).rstrip('/').rsplit('/', 1)[-1]}" for key in given
              if key not in ("recipe", *NOT_THE_RUN)]
     return re.sub(r"[^\w.=+,-]+", "_", ",".join([cfg.recipe, *parts]))[:200]
@@ -245,7 +249,8 @@ def check(cfg: Config) -> None:
 # The loop
 
 def test_teachers(cfg: Config, run: Setup) -> dict | None:
-    """Held-out metrics of the teacher; of several, each on the problems routed to it (None: no problem names one)."""
+    """Held-out metrics of the teacher; of several, each on the problems routed to it (None: no problem names
+    one)."""
     if len(run.teachers) == 1:
         return test(cfg, run, run.teachers[0], "teacher")[0]
     samples: list[dict] = []
@@ -268,7 +273,8 @@ def step_line(step: int, cfg: Config, m: dict) -> str:
 
 @contextmanager
 def graceful_stop():
-    """Yields a list that SIGINT or SIGTERM fills: the step is finished first. A second signal acts at once."""
+    """Yields a list that SIGINT or SIGTERM fills: the step is finished first. A second signal acts at
+    once."""
     caught = []
     def handler(number, frame):
         if caught:
@@ -324,7 +330,8 @@ def example(run: Setup, samples: list[dict], step: int) -> str:
 
 
 def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
-    """The run, from wherever the folder says it stands. Returns the exit status: 0, or 128 + signal when stopped."""
+    """The run, from wherever the folder says it stands. Returns the exit status: 0, or 128 + signal when
+    stopped."""
     optimizer = torch.optim.AdamW([p for _, p in trainable(run.student)], lr=cfg.lr, betas=(0.9, 0.999),
                                   weight_decay=cfg.weight_decay)
     started, track = time.perf_counter(), trackers(cfg, folder)

@@ -1,7 +1,8 @@
 """Update: one step as rows, their scale, the backward pass, the optimizer step.
 
-Place in the loop:  rollout -> teacher -> credit -> [UPDATE].  Everything that belongs to the whole step (which sequence a row
-is of, the denominator) is settled here before the first micro-batch exists, so micro-batches cannot change it.
+Place in the loop:  rollout -> teacher -> credit -> [UPDATE].  Everything that belongs to the whole step
+(which sequence a row is of, the denominator) is settled here before the first micro-batch exists, so
+micro-batches cannot change it.
 """
 import torch
 from torch import Tensor
@@ -36,8 +37,9 @@ def signals(rollout: Rollout, group_B: Tensor, reward_B: Tensor | None = None, s
 
 
 def row_scale(s: Signals, weight_N: Tensor, reduction: str) -> Tensor:
-    """What each row's loss is multiplied by so that the step's loss is a mean: over all rows with a weight (token), or
-    over the sequences that have one, each by its own mean (sequence). Counted over the whole step."""
+    """What each row's loss is multiplied by so that the step's loss is a mean: over all rows with a weight
+    (token), or over the sequences that have one, each by its own mean (sequence). Counted over the whole
+    step."""
     kept_N = (weight_N > 0).to(weight_N.dtype)
     if reduction == "token":
         return weight_N / kept_N.sum().clamp(min=1)
@@ -48,8 +50,8 @@ def row_scale(s: Signals, weight_N: Tensor, reduction: str) -> Tensor:
 def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores | None, scale_N: Tensor,
              advantage_N: Tensor | None, cfg, *, vocab_size: int, chunk_rows: int, divergence: str | None = None,
              add: bool = False) -> dict[str, Tensor]:
-    """Leaves the gradient of sum_n scale_n loss_n in .grad, or adds it to what is there; the same for every micro-batch
-    and chunk size. `divergence` overrides cfg's.
+    """Leaves the gradient of sum_n scale_n loss_n in .grad, or adds it to what is there; the same for every
+    micro-batch and chunk size. `divergence` overrides cfg's.
 
     Returns `loss` and, when there is a teacher, the diagnostics, each (N,) over all rows of the step.
     """
@@ -75,8 +77,9 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
 
 def update(student: Transformer, optimizer, s: Signals, scale_N: Tensor, per_row: dict[str, Tensor],
            max_grad_norm: float) -> dict[str, float]:
-    """One optimizer step on the gradient that backward() left. Returns the step's loss, the gradient norm before
-    clipping and the mean diagnostics. A loss or gradient that is not finite moves nothing: skipped = 1."""
+    """One optimizer step on the gradient that backward() left. Returns the step's loss, the gradient norm
+    before clipping and the mean diagnostics. A loss or gradient that is not finite moves nothing: skipped =
+    1."""
     grad_norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable(student)], max_grad_norm)
     loss = (per_row.pop("loss") * scale_N).sum()
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))

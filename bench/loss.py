@@ -1,10 +1,11 @@
-"""Exact divergences over a large vocabulary: chunked (losses.chunked_backward) against materialised (plain torch).
+"""Exact divergences over a large vocabulary: chunked (losses.chunked_backward) against materialised (plain
+torch).
 
     python bench/loss.py                                # 4,096 rows x 151,936 words; materialised needs 20 GB
     python bench/loss.py --rows 1024 --divergence jsd
 
-Each variant runs in its own process; peak memory is what the process held at most, minus what it held before the loss.
-Both compute the same value and the same gradients of states and head. Ends with one JSON line.
+Each variant runs in its own process; peak memory is what the process held at most, minus what it held before
+the loss. Both compute the same value and the same gradients of states and head. Ends with one JSON line.
 """
 import argparse
 import json

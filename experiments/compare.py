@@ -3,9 +3,10 @@
     python experiments/compare.py --seeds 5 opd fire sg topk grpo sft -- --steps 60
     python experiments/compare.py --seeds 3 opd "opd --lr 1e-3" "gkd --beta 0.1"
 
-Each row is a recipe and its flags; flags after -- go to every row. Runs go two at a time with one thread each (runs/compare/...), finished ones are not
-repeated. `at equal tokens` is the accuracy, interpolated between evaluations, at the moment when the row had generated as many
-student tokens as the row that generated fewest in all.
+Each row is a recipe and its flags; flags after -- go to every row. Runs go two at a time with one thread each
+(runs/compare/...), finished ones are not repeated. `at equal tokens` is the accuracy, interpolated between
+evaluations, at the moment when the row had generated as many student tokens as the row that generated fewest
+in all.
 """
 import argparse
 import json
