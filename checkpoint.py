@@ -96,11 +96,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")
         except OSError as error:
-            raise UserError(f"cannot write to {self.path} ({error.strerror}); choose another --runs folder") from error
+            raise UserError(f"cannot write to {self.path} ({error.strerror}); choose another --runs "
+                            f"folder") from error
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process is training in {self.path}; wait for it or pass another --name") from error
+            raise UserError(f"another process is training in {self.path}; wait for it or pass another "
+                            f"--name") from error
         if fresh:
             self.empty()
         if (self.path / "config.json").exists():
@@ -162,7 +164,8 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = f"the checkpoint of step {self.steps()[-1]} is intact" if self.steps() else "no checkpoint existed yet"
-            raise UserError(f"saving step {step} to {self.path} failed ({error}); {kept}: free some space and run the "
+            raise UserError(f"saving step {step} to {self.path} failed ({error}); {kept}: free some space and "
+                            f"run the "
                             f"same command again") from error
         keep = {(self.path / name).resolve().name for name in ("last", "best") if (self.path / name).exists()}
         for old in self.steps():

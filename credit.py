@@ -34,17 +34,20 @@ class CreditArgs:
     sg_conflict: float = opt(1.0, "sg: factor where they do not")
     sg_form: str = opt("reference", "sg: the factor extrapolates from the initial student, or scales the advantage",
                        ("reference", "scale"))
-    sg_gate: str = opt("sign", "sg: where to extrapolate: where signs agree; the same number of random tokens; everywhere",
+    sg_gate: str = opt("sign", "sg: where to extrapolate: where signs agree; the same number of random "
+                               "tokens; everywhere",
                        ("sign", "random", "all"))
     kdrl_coef: float = opt(5e-3, "kdrl: weight of the teacher at the first step")
     kdrl_coef_end: float = opt(1e-3, "kdrl: weight of the teacher at the last step, linear in between")
-    kdrl_mask: str = opt("none", "kdrl: no teacher on right responses; or on groups with one", ("none", "response", "group"))
+    kdrl_mask: str = opt("none", "kdrl: no teacher on right responses; or on groups with "
+                                 "one", ("none", "response", "group"))
     uni_margin: float = opt(0.4, "uni: required gap between the mean log-ratios of right and wrong responses")
     uni_gap: str = opt("mean", "uni: gap of the means, or of worst right against best wrong", ("mean", "minmax"))
     uni_guard: float = opt(10.0, "uni: tokens with a log-ratio at least this large get no credit")
     rlsd_clip: float = opt(0.2, "rlsd: the teacher scales the verifier's advantage by at most 1 +- this")
     scope_temperature: float = opt(1.0, "scope: softness of the perplexity weights")
-    scope_sign: str = opt("paper", "scope: weight of right responses grows with perplexity (paper) or falls (scripts)",
+    scope_sign: str = opt("paper", "scope: weight of right responses grows with perplexity (paper) or falls "
+                                   "(scripts)",
                           ("paper", "code"))
     reopold_share: float = opt(0.3, "reopold: student share of the mixture that floors the log-ratio")
     reopold_floor: str = opt("logit", "reopold: floor log(s/(1-s)) or log(s)/(1-s)", ("logit", "jensen"))
@@ -54,7 +57,8 @@ class CreditArgs:
     fire_beta: float = opt(1.0, "fire: strength of the student's uncertainty in the token weight")
     fire_max: str = opt("sequence", "fire: entropies are divided by the largest of the sequence or of the step",
                         ("sequence", "batch"))
-    fire_filter: str = opt("global", "fire: rank the responses over the whole step or per teacher", ("global", "teacher"))
+    fire_filter: str = opt("global", "fire: rank the responses over the whole step or per "
+                                     "teacher", ("global", "teacher"))
     tip_keep: float = opt(0.5, "tip: share of the tokens kept")
     keep: float = opt(0.5, "random: share of the tokens kept, drawn anew each step")
     skip_first: int = opt(0, "first response tokens without a loss (SDFT: 3)")

@@ -41,7 +41,8 @@ class LossArgs:
     topk_form: str = opt("truncated", "top-k losses: what happens to the mass outside the support",
                          ("renormalised", "truncated", "tail"))
     clip: float = opt(0.2, "policy_gradient: the ratio p(a)/b(a) is kept in [1 - clip, 1 + clip]")
-    entry_clip: float = opt(0.0, "full-vocabulary divergences: cap on each vocabulary entry's term (OPSD: 0.05); 0 = off")
+    entry_clip: float = opt(0.0, "full-vocabulary divergences: cap on each vocabulary entry's term (OPSD: "
+                                 "0.05); 0 = off")
     token_clip: float = opt(0.0, "full-vocabulary divergences: tokens above this are scaled down to it; 0 = off")
     eopd_alpha: float = opt(1.0, "eopd: weight of the forward KL where the teacher is unsure")
     eopd_entropy: float = opt(0.8, "eopd: teacher entropy in nats above which the forward KL is added")

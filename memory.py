@@ -65,7 +65,8 @@ def print_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: i
     total = peak(plan)
     print(f"memory  about {size_text(total)} at the peak: {parts}")
     if device.type == "cuda" and total > (free := torch.cuda.mem_get_info(device)[0]):
-        print(f"        only {size_text(free)} are free: lower --micro_batch_tokens, --slots or --max_new_tokens, or use "
+        print(f"        only {size_text(free)} are free: lower --micro_batch_tokens, --slots or "
+              f"--max_new_tokens, or use "
               f"--lora_rank or --gradient_checkpointing")
 
 

@@ -399,7 +399,8 @@ def checkpoint_folder(name: str) -> Path:
     if folder.exists():
         raise UserError(f"{name} is a file; a model is given as its folder or as a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"no such folder: {name}; give a folder with config.json and *.safetensors, or a hub id owner/name")
+        raise UserError(f"no such folder: {name}; give a folder with config.json and *.safetensors, or a hub "
+                        f"id owner/name")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja"],

@@ -77,7 +77,8 @@ def parse_ids(flag: str, text: str, vocab_size: int) -> tuple[int, ...] | None:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
         if not (part.isdecimal() and int(part) < vocab_size):
-            raise UserError(f"--{flag} {text}: {part!r} is no token id; give whole numbers from 0 to {vocab_size - 1}, "
+            raise UserError(f"--{flag} {text}: {part!r} is no token id; give whole numbers from 0 to "
+                            f"{vocab_size - 1}, "
                             f"separated by commas")
     return tuple(dict.fromkeys(map(int, parts))) or None
 
@@ -102,7 +103,8 @@ def route(cfg, tags: list[str], train: list[Problem]) -> list[int]:
         return [0] * len(train)
     for problem in train:
         if problem.fields.get(cfg.route) not in tags:
-            raise UserError(f"{cfg.data}, line {problem.line}: {cfg.route} is {problem.fields.get(cfg.route)!r}, which names no "
+            raise UserError(f"{cfg.data}, line {problem.line}: {cfg.route} is "
+                            f"{problem.fields.get(cfg.route)!r}, which names no "
                             f"teacher; --teacher knows {', '.join(tags)}")
     return [tags.index(problem.fields[cfg.route]) for problem in train]
 
@@ -117,7 +119,8 @@ def load_train(cfg) -> tuple[list[Problem], int]:
     others = [problem for i, problem in enumerate(others) if i not in known]
     if not others:
         raise UserError(f"{cfg.mix_data}: every problem is also in {cfg.data}; choose another --mix_data")
-    print(f"data    {len(train)} problems of {cfg.data}, {len(others)} of {cfg.mix_data} ({len(known)} duplicates left out)")
+    print(f"data    {len(train)} problems of {cfg.data}, {len(others)} of {cfg.mix_data} ({len(known)} "
+          f"duplicates left out)")
     return train + others, len(train)
 
 
@@ -125,8 +128,10 @@ def check_lengths(path: str, problems: list[Problem], ids: list[list[int]], flag
                   reader: str) -> None:
     for problem, prompt in zip(problems, ids):
         if len(prompt) + limit > context:
-            raise UserError(f"{path}, line {problem.line}: the {reader}'s prompt of {len(prompt)} tokens plus --{flag} {limit} "
-                            f"exceed the context of {context}; nothing is cut silently: shorten one of them or drop the problem")
+            raise UserError(f"{path}, line {problem.line}: the {reader}'s prompt of {len(prompt)} tokens plus "
+                            f"--{flag} {limit} "
+                            f"exceed the context of {context}; nothing is cut silently: shorten one of them "
+                            f"or drop the problem")
 
 
 def solutions(cfg, train: list[Problem], why: str) -> list[str]:
@@ -170,7 +175,8 @@ def set_up(cfg) -> Setup:
                                     for text in (cfg.template_vars, cfg.teacher_template_vars or cfg.template_vars))
     folder, teachers = checkpoint_folder(cfg.student), parse_teachers(cfg)
     if cfg.lmbda < 1 and cfg.responses == "teacher" and len(teachers) != 1:
-        raise UserError("--responses teacher is written by one teacher that is not the student itself; name one, or pass "
+        raise UserError("--responses teacher is written by one teacher that is not the student itself; name "
+                        "one, or pass "
                         "--responses solution")
     tokenizer = Tokenizer(folder, cfg.chat_template)
     stop_ids = parse_ids("stop_ids", cfg.stop_ids, tokenizer.vocab_size)
@@ -181,7 +187,8 @@ def set_up(cfg) -> Setup:
     configs = [load_config(found) for found in (folder, *teachers.values())]
     for found, config in zip((folder, *teachers.values()), configs):
         if config.vocab_size < tokenizer.vocab_size:
-            raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of tokenizer.json "
+            raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of "
+                            f"tokenizer.json "
                             f"end at {tokenizer.vocab_size - 1}; the two files do not belong together")
     context = min(config.context for config in configs)
     train, first = load_train(cfg)

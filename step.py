@@ -254,7 +254,8 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
                 if finished and not degenerate(text) and (run.train[i].answer is None or right(cfg, run, i, text)):
                     kept.setdefault(i, []).append(response)
         if not kept:
-            raise UserError("no response of the teacher passed the filter (finished, no repetition, right answer); raise "
+            raise UserError("no response of the teacher passed the filter (finished, no repetition, right "
+                            "answer); raise "
                             "--max_new_tokens or leave out --cold_start_steps and --pts_weight")
         write_text(path, json.dumps(kept))
         print(f"teacher wrote {sum(map(len, kept.values()))} usable responses to {len(kept)} problems")

@@ -112,7 +112,10 @@ def check_same_tokens(student: Tokenizer, teacher: Tokenizer, stop_ids: tuple[in
     if mine != theirs:
         odd = sorted(set(mine.items()) ^ set(theirs.items()), key=lambda item: item[1])[0]
         raise UserError(f"student and teacher have different vocabularies ({len(mine)} and {len(theirs)} tokens; "
-                        f"the first difference is {odd[0]!r} = id {odd[1]}); choose a teacher with the student's tokenizer")
+                        f"the first difference is {odd[0]!r} = id {odd[1]}); choose a teacher with the "
+                        f"student's tokenizer")
     if stop_ids is None and set(student.stop_ids) != set(teacher.stop_ids):
-        raise UserError(f"the student stops at ids {list(student.stop_ids)}, the teacher at {list(teacher.stop_ids)}; "
-                        f"pass --stop_ids {','.join(map(str, teacher.stop_ids))} to train the student on the teacher's")
+        raise UserError(f"the student stops at ids {list(student.stop_ids)}, the teacher at "
+                        f"{list(teacher.stop_ids)}; "
+                        f"pass --stop_ids {','.join(map(str, teacher.stop_ids))} to train the student on the "
+                        f"teacher's")

@@ -46,31 +46,38 @@ class Config(CreditArgs, LossArgs):
     recipe: str = opt("opd", "a row of RECIPES; the flags that follow override it")
     # models
     student: str = opt(str(TOY / "student"), "the model that learns: a checkpoint folder or a hub id")
-    teacher: str = opt(str(TOY / "teacher"), "the model that scores: a checkpoint folder, a hub id, none, self (the student), "
+    teacher: str = opt(str(TOY / "teacher"), "the model that scores: a checkpoint folder, a hub id, none, "
+                                             "self (the student), "
                        "or several as tag=folder,tag=folder")
     route: str = opt("teacher", "several teachers: the field of a problem that names its teacher's tag")
-    self_teacher: str = opt("initial", "--teacher self: the student as it was at the start, a running average, or as it is",
+    self_teacher: str = opt("initial", "--teacher self: the student as it was at the start, a running "
+                                       "average, or as it is",
                             ("initial", "ema", "live"))
     ema: float = opt(0.99, "--self_teacher ema: share of the average kept at each step")
-    privileged: str = opt("none", "what else the teacher is shown: the solution, or a right response of another sample",
+    privileged: str = opt("none", "what else the teacher is shown: the solution, or a right response of "
+                                  "another sample",
                           ("none", "solution", "sibling"))
-    teacher_prompt: str = opt("", "template of the privileged prompt with {problem} and {solution}; empty: data.SHOWN_SOLUTION")
+    teacher_prompt: str = opt("", "template of the privileged prompt with {problem} and {solution}; empty: "
+                                  "data.SHOWN_SOLUTION")
     teacher_template_vars: str = opt("", "like template_vars, for the teacher's side; empty: the same")
     reference: str = opt("", "exopd and sg: the model extrapolated from; empty: the initial student")
     lora_rank: int = opt(0, "train adapters of this rank on all seven projections instead of all weights; 0 = off")
     lora_alpha: float = opt(32.0, "LoRA: the adapter's output is scaled by lora_alpha / lora_rank")
-    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a "
+                                              "third slower")
     # loss: one entry of each table of losses.py
     divergence: str = opt("reverse_kl", "what is differentiated", tuple(DIVERGENCES))
     advantage: str = opt("opd", "credit per token, for policy_gradient", tuple(ADVANTAGES))
     weight: str = opt("none", "weight per token; 0 drops it", tuple(WEIGHTS))
     reduction: str = opt("token", "token: mean over all tokens of the step; sequence: mean of the sequences' means",
                          ("token", "sequence"))
-    lmbda: float = opt(1.0, "GKD: probability that a step learns on the student's own samples; else on given responses")
+    lmbda: float = opt(1.0, "GKD: probability that a step learns on the student's own samples; else on given "
+                            "responses")
     responses: str = opt("solution", "given responses: the data's solutions, or written by the teacher",
                          ("solution", "teacher"))
     cold_start_steps: int = opt(0, "first so many steps: cross-entropy on filtered responses of the teacher")
-    pts_weight: float = opt(0.0, "phased teacher sampling: weight of cross-entropy on verified teacher responses; 0 = off")
+    pts_weight: float = opt(0.0, "phased teacher sampling: weight of cross-entropy on verified teacher "
+                                 "responses; 0 = off")
     pts_hold: float = opt(0.1, "phased teacher sampling: share of the run at full weight")
     pts_end: float = opt(0.4, "phased teacher sampling: share of the run after which, on a cosine, the weight is 0")
     pts_samples: int = opt(4, "teacher responses tried per problem, for cold start and phased teacher sampling")
@@ -114,10 +121,12 @@ class Config(CreditArgs, LossArgs):
     device: str = opt("auto", "auto: cuda if there is one, else cpu; mps on request", ("auto", "cpu", "cuda", "mps"))
     dtype: str = opt("auto", "of products; auto: bfloat16 on cuda, else float32. Trained weights stay float32",
                      ("auto", "float32", "bfloat16"))
-    threads: int = opt(0, "CPU threads; 0 = one for models under 10 million weights, which more threads only slow down")
+    threads: int = opt(0, "CPU threads; 0 = one for models under 10 million weights, which more threads only "
+                          "slow down")
     seed: int = opt(0, "fixes data order, samples and adapters")
     report_only: bool = opt(False, "print how well teacher and student match before any step, and stop")
-    compare_teacher: str = opt("", "--report_only: a second teacher, compared with the first on the same student tokens")
+    compare_teacher: str = opt("", "--report_only: a second teacher, compared with the first on the same "
+                                   "student tokens")
     plan: bool = opt(False, "print the memory estimate and stop")
     self_check: bool = opt(False, "first make the student its own teacher: loss and gradient must be 0")
     wandb: bool = opt(False, "also log to Weights & Biases")
@@ -214,9 +223,11 @@ def check(cfg: Config) -> None:
         (0 < cfg.temperature < math.inf,
          "--temperature must be above 0 and finite: a greedy rollout is no sample of the student"),
         (cfg.eval_temperature < math.inf, "--eval_temperature must be finite"),
-        (cfg.eval_temperature > 0 or cfg.eval_k == 1, "--eval_temperature 0 gives the same answer every time: use --eval_k 1"),
+        (cfg.eval_temperature > 0 or cfg.eval_k == 1, "--eval_temperature 0 gives the same answer every time: "
+                                                      "use --eval_k 1"),
         (0 <= cfg.lmbda <= 1, "--lmbda is a probability between 0 and 1"),
-        (cfg.divergence != "jsd" or 0 < cfg.beta < 1, "--beta must lie strictly between 0 and 1: jsd is 0 at both ends; "
+        (cfg.divergence != "jsd" or 0 < cfg.beta < 1, "--beta must lie strictly between 0 and 1: jsd is 0 at "
+                                                      "both ends; "
                                                       "use --divergence forward_kl or reverse_kl for those"),
         (0 <= cfg.skew < 1, "--skew must be at least 0 and below 1"),
         (cfg.lmbda == 1 or cfg.divergence not in losses.ON_SAMPLES_ONLY,
@@ -230,16 +241,21 @@ def check(cfg: Config) -> None:
         (not needs(cfg, "group") or cfg.samples > 1,
          f"recipe {cfg.recipe} compares the responses to one problem: --samples must be at least 2"),
         (not needs(cfg, "teacher") or cfg.teacher != "none", f"--teacher none: recipe {cfg.recipe} needs a teacher"),
-        (cfg.weight == "none" or cfg.lmbda == 1, f"weight {cfg.weight} reads the student's own samples: keep --lmbda 1"),
-        (cfg.privileged == "none" or cfg.teacher != "none", f"--privileged {cfg.privileged} shows it to a teacher; there is none"),
-        (cfg.privileged != "sibling" or cfg.lmbda == 1, "--privileged sibling needs the student's own samples: keep --lmbda 1"),
+        (cfg.weight == "none" or cfg.lmbda == 1, f"weight {cfg.weight} reads the student's own samples: keep "
+                                                 f"--lmbda 1"),
+        (cfg.privileged == "none" or cfg.teacher != "none", f"--privileged {cfg.privileged} shows it to a "
+                                                            f"teacher; there is none"),
+        (cfg.privileged != "sibling" or cfg.lmbda == 1, "--privileged sibling needs the student's own "
+                                                        "samples: keep --lmbda 1"),
         (not cfg.teacher_prompt or "{solution}" in cfg.teacher_prompt and "{problem}" in cfg.teacher_prompt,
          "--teacher_prompt must contain {problem} and {solution}"),
         (bool(cfg.mix_data) == (cfg.mix > 0), "--mix and --mix_data go together"),
         (not needs(cfg, "reward") or cfg.verifier, f"recipe {cfg.recipe} needs a verifier"),
-        (0 <= cfg.pts_hold <= cfg.pts_end <= 1, "--pts_hold and --pts_end are shares of the run, the first not above the second"),
+        (0 <= cfg.pts_hold <= cfg.pts_end <= 1, "--pts_hold and --pts_end are shares of the run, the first "
+                                                "not above the second"),
         (not cfg.compare_teacher or cfg.report_only, "--compare_teacher belongs to --report_only"),
-        (not cfg.report_only or cfg.teacher != "none", "--report_only compares the student with a teacher; there is none"),
+        (not cfg.report_only or cfg.teacher != "none", "--report_only compares the student with a teacher; "
+                                                       "there is none"),
     ]
     for holds, message in rules:
         if not holds:
@@ -369,7 +385,8 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
             tqdm.write(step_line(step, cfg, record))
             bar.update()
             if state["skipped_in_a_row"] >= 5:
-                raise UserError(f"the loss or gradient was not finite in 5 steps in a row, the weights are those of step "
+                raise UserError(f"the loss or gradient was not finite in 5 steps in a row, the weights are "
+                                f"those of step "
                                 f"{step - 5}; lower --lr or look at the data, in another run than {folder.path}")
             due = cfg.eval_every and step % cfg.eval_every == 0 or step == cfg.steps
             if due:
@@ -418,7 +435,8 @@ def closing_line(cfg: Config, folder: RunFolder, summary: dict) -> str:
     teacher = f" (teacher {summary['teacher'][key]:.1%})" if summary["teacher"] else ""
     return (f"done    held-out {key} {summary['before'][key]:.1%} -> {summary['after'][key]:.1%}{teacher} in "
             f"{summary['steps']} steps, {summary['seconds']:.0f} s\n"
-            f"        in {folder.path}: the trained model last/, the best one best/, metrics.jsonl, samples/, summary.json")
+            f"        in {folder.path}: the trained model last/, the best one best/, metrics.jsonl, samples/, "
+            f"summary.json")
 
 
 def main(argv: list[str] | None = None) -> int:

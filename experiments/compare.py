@@ -74,7 +74,8 @@ def main() -> None:
                and not k.endswith("_ci"))
     curves = {row: [curve(folder, key) for folder in found] for row, found in folders.items()}
     budget = min(points[-1][2] for found in curves.values() for points in found if points[-1][2])
-    print(f"| recipe | {key} before | after | at equal tokens ({budget:,}) | student tokens | teacher tokens | seconds |\n"
+    print(f"| recipe | {key} before | after | at equal tokens ({budget:,}) | student tokens | teacher tokens "
+          f"| seconds |\n"
           + "|---" * 7 + "|")
     for row, found in curves.items():
         summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders[row]]
@@ -82,7 +83,8 @@ def main() -> None:
         equal = interval([float(np.interp(budget, [p[2] for p in points], [p[1] for p in points])) for points in found])
         print(f"| `{row}` | {np.mean([points[0][1] for points in found]):.1%} | {after[0]:.1%} ± {after[1]:.1%} | "
               f"{equal[0]:.1%} ± {equal[1]:.1%} | {np.mean([points[-1][2] for points in found]):,.0f} | "
-              f"{np.mean([points[-1][3] for points in found]):,.0f} | {np.mean([s['seconds'] for s in summaries]):.0f} |")
+              f"{np.mean([points[-1][3] for points in found]):,.0f} | "
+              f"{np.mean([s['seconds'] for s in summaries]):.0f} |")
 
 
 if __name__ == "__main__":
