@@ -65,7 +65,7 @@ def test_the_toy_world_is_small():
     ("opd", 3e-4), ("gkd", 3e-4), ("topk", 3e-4), ("sft", 1e-3), ("grpo", 1e-3), ("fire", 3e-4), ("sg", 3e-4),
     ("multi", 3e-4)])
 def test_25_steps_of_a_recipe_teach_the_student(recipe, lr, tmp_path):
-    """Measured with seed 0: 23 % -> 95, 93, 95, 99, 73, 84, 88 %, and KL(p||q) to below 0.12 nats.
+    """Measured with seed 0: 23 % -> 95, 93, 95, 99, 73, 84, 88 % in this order (multi: 48 % -> 99 %).
     fails if: the loss has the wrong sign, the teacher reads other tokens, or the update reaches other weights."""
     flags = f"--recipe {recipe} --lr {lr} --steps 25 --eval_limit 50 --eval_k 4 --eval_every 0 --no-eval_teacher"
     assert train.main([*flags.split(), "--runs", str(tmp_path), "--name", "a"]) == 0

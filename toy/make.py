@@ -10,8 +10,9 @@ Place in the loop: before it. `python train.py` without arguments reads the file
     student     can write out, but answers directly nine times in ten; has rarely seen a `*`
     teacher_low, teacher_high   two specialists: one never saw `*`, the other nothing else
     self        copies a calculation that it is shown before the problem (`calculation|problem`), on its own is often wrong
-    train.jsonl, test.jsonl     problems to practise on, and held-out ones that no checkpoint was trained on
-    mixed_train.jsonl, mixed_test.jsonl     the same for the specialists, each problem of `kind` low or high
+    train.jsonl, test.jsonl     problems to practise on, and held-out ones that teacher, student and self never saw
+    mixed_train.jsonl, mixed_test.jsonl     the same for the specialists, each problem of `kind` low or high (the teacher and
+                student may have met a few of these 200 in pretraining)
 
 Why written out: one small step is a table of 300 facts, which a tiny decoder learns in a minute; five digits at once
 are out of its reach. So the written-out calculation is the thinking pattern that papers on distillation talk about, and here it can
