@@ -170,8 +170,7 @@ def renormalised(logp_NK: Tensor, keep_NK: Tensor) -> Tensor:
     """log-probs divided by their mass on the support; -1e30 off it, and everywhere when the support is empty.
     A large finite number, because -inf turns into NaN in the backward pass of a row without support."""
     masked_NK = logp_NK.masked_fill(~keep_NK, -1e30)
-    empty_N1 = ~keep_NK.any(-1, keepdim=True)
-    return torch.where(keep_NK, masked_NK - masked_NK.logsumexp(-1, keepdim=True).masked_fill(empty_N1, 0.0), -1e30)
+    return torch.where(keep_NK, masked_NK - masked_NK.logsumexp(-1, keepdim=True), -1e30)
 
 
 def kl_on_support(a_NK: Tensor, b_NK: Tensor, keep_NK: Tensor) -> Tensor:

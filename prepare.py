@@ -176,8 +176,7 @@ def set_up(cfg) -> Setup:
     folder, teachers = checkpoint_folder(cfg.student), parse_teachers(cfg)
     if cfg.lmbda < 1 and cfg.responses == "teacher" and len(teachers) != 1:
         raise UserError("--responses teacher is written by one teacher that is not the student itself; name "
-                        "one, or pass "
-                        "--responses solution")
+                        "one, or pass --responses solution")
     tokenizer = Tokenizer(folder, cfg.chat_template)
     stop_ids = parse_ids("stop_ids", cfg.stop_ids, tokenizer.vocab_size)
     parse_ids("skip_tokens", cfg.skip_tokens, tokenizer.vocab_size)
@@ -188,8 +187,7 @@ def set_up(cfg) -> Setup:
     for found, config in zip((folder, *teachers.values()), configs):
         if config.vocab_size < tokenizer.vocab_size:
             raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of "
-                            f"tokenizer.json "
-                            f"end at {tokenizer.vocab_size - 1}; the two files do not belong together")
+                            f"tokenizer.json end at {tokenizer.vocab_size - 1}; the two files do not belong together")
     context = min(config.context for config in configs)
     train, first = load_train(cfg)
     held_out = load_problems(cfg.eval_data, need_answer=True, limit=cfg.eval_limit or None)

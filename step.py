@@ -109,8 +109,7 @@ def teacher_reads(cfg, run: Setup, rollout: Rollout, asked: list[int], texts: li
     """(the sequences as the teachers read them, which of them it makes sense to learn from).
 
     sibling: the solution shown is a right, finished response of another sample to the same problem, drawn at
-    random (the
-    shortest one collapses training); a sample without such a sibling is not learned from.  SDPO,
+    random (the shortest one collapses training); a sample without such a sibling is not learned from.  SDPO,
     arXiv:2601.20802.
     """
     usable_B = torch.ones(len(asked), device=run.student.device)
@@ -230,9 +229,8 @@ def teacher_sampling(cfg, run: Setup, asked: list[int], step: int, written: dict
 
 def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
     """problem -> responses its teacher wrote, once per run and kept in the run folder: finished, not running
-    in circles,
-    and right where there is an answer.  Cold start: Rethinking OPD, arXiv:2604.13016, section 5.1; SG-OPD's
-    teacher rollouts."""
+    in circles, and right where there is an answer.  Cold start: Rethinking OPD, arXiv:2604.13016, section
+    5.1; SG-OPD's teacher rollouts."""
     path = folder.path / "teacher_responses.json"
     if not (cfg.cold_start_steps or cfg.pts_weight):
         return {}
@@ -255,8 +253,7 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
                     kept.setdefault(i, []).append(response)
         if not kept:
             raise UserError("no response of the teacher passed the filter (finished, no repetition, right "
-                            "answer); raise "
-                            "--max_new_tokens or leave out --cold_start_steps and --pts_weight")
+                            "answer); raise --max_new_tokens or leave out --cold_start_steps and --pts_weight")
         write_text(path, json.dumps(kept))
         print(f"teacher wrote {sum(map(len, kept.values()))} usable responses to {len(kept)} problems")
     return {int(i): responses for i, responses in json.loads(path.read_text()).items()}
