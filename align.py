@@ -18,6 +18,7 @@ Not here: who scores (teacher.py); losses over a shared vocabulary; tokenizers t
 read (WordPiece, nmt_nfkc): UserError.
 """
 import json
+import re
 from bisect import bisect_left, bisect_right
 from codecs import getincrementaldecoder
 from itertools import accumulate, pairwise
@@ -229,11 +230,14 @@ class Bridge:
     shared          two int64 (K,): student ids and teacher ids of the same bytes and kind, one-to-one; the
                     student's first stop id goes with the teacher's
     student_stop, teacher_stop      stop ids of both
+    whitespace      (V,) bool: the student's tokens of white space alone
+    teacher         the teacher's tokenizer
 
     UserError: a tokenizer whose tokens have no bytes.
     """
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer):
+        self.teacher = teacher
         self._mine, self._theirs = (Side(token_bytes(side), raw_copy(side), tuple(side.stop_ids))
                                     for side in (student, teacher))
         self.student_stop, self.teacher_stop = self._mine.stop, self._theirs.stop
@@ -243,6 +247,7 @@ class Bridge:
         self._sorted = [text for text, _ in spelled]
         self.order = torch.tensor([i for _, i in spelled], dtype=torch.int64)
         self.shared = self._shared_ids()
+        self.whitespace = whitespace_tokens(mine)
 
     def _shared_ids(self) -> tuple[Tensor, Tensor]:
         """Ids of equal bytes are paired in order, pieces before the byte tokens that stand in for them."""
@@ -293,6 +298,17 @@ class Bridge:
         if finished:
             draft.add_event(self._theirs.stop_like(table.bytes[response[-1]]), scored=not cut)
         return Reading(draft.ids, draft.student, draft.teacher, draft.cuts)
+
+    def opened(self, prompt: list[int]) -> bytes:
+        """A tag such as <think> with which the teacher's prompt ends (after its last control token), else
+        nothing: the student may have written it itself."""
+        table, tail = self._theirs.table, b""
+        for token_id in reversed(prompt):
+            if token_id in table.special or len(tail) > 64:
+                break
+            tail = table.bytes[token_id] + tail
+        found = re.search(rb"<[A-Za-z_]+>\s*$", tail)
+        return found[0] if found else b""
 
     def translate(self, ids: list[int], finished: bool) -> list[int] | None:
         """A text that the teacher wrote (finished: its stop id stands last) in the student's tokens, with the
