@@ -31,9 +31,9 @@ from torch import Tensor
 from tokenizer import Tokenizer, UserError
 
 MODELS = ("BPE", "Unigram")
-NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend", "Replace")
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend")
 PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts")
-DECODERS = ("ByteLevel", "Replace", "Metaspace", "ByteFallback", "Fuse", "Strip")
+DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")
 
 
 # Bytes of ids
@@ -54,19 +54,22 @@ def flat(step: dict | None) -> list[dict]:
     return [part for step in inner for part in flat(step)]
 
 
+def is_lossy(step: dict, known: tuple[str, ...]) -> bool:
+    """Whether a step may lose part of a text; replacing is allowed between spaces and their marker."""
+    if step["type"] == "Replace":
+        return " " not in (step["content"], step["pattern"].get("String")) or "String" not in step["pattern"]
+    return step["type"] not in known or step.get("behavior") == "Removed"
+
+
 def supported(tokenizer: Tokenizer) -> dict:
     """tokenizer.json, if its ids can be turned into bytes and bytes into ids without loss; else UserError."""
     spec = tokenizer.description()
-    model, decoder = spec["model"], flat(spec["decoder"])
+    model = spec["model"]
     odd = [f"a {model['type']} model"] if model["type"] not in MODELS else []
     odd += [f"a {key}" for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     for part, known in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
-        odd += [f"the {part} {step['type']}" for step in flat(spec[part])
-                if step["type"] not in known or step.get("behavior") == "Removed"]
-    odd += [f"a {part} that replaces other things than spaces" for part in ("normalizer", "decoder")
-            for step in flat(spec[part]) if step["type"] == "Replace" and (" " not in (
-                step["content"], step["pattern"].get("String")) or "String" not in step["pattern"])]
-    if not any(step["type"] in ("ByteLevel", "Replace", "Metaspace", "ByteFallback") for step in decoder):
+        odd += [f"the {part} {step['type']}" for step in flat(spec[part]) if is_lossy(step, known)]
+    if not any(step["type"] in ("ByteLevel", "Replace", "Metaspace", "ByteFallback") for step in flat(spec["decoder"])):
         odd.append("no decoder that says how pieces become bytes")
     if odd:
         raise UserError(f"{tokenizer.folder / 'tokenizer.json'} has {odd[0]}, so its tokens do not spell a text byte "
@@ -371,6 +374,10 @@ class Draft:
 
 # Credit: from the log-probs of chunks to those of tokens
 
+def number_of_chunks(*sides: Tensor) -> int:
+    return 1 + max([int(chunk_n.max()) for chunk_n in sides if len(chunk_n)] + [0])
+
+
 def chunk_sums(value_n: Tensor, chunk_n: Tensor, size: int) -> Tensor:
     """(size,): the sum of each chunk's values, added in float64; a token of chunk -1 is in none."""
     value_n = torch.where(chunk_n >= 0, value_n, 0.0).double()
@@ -433,32 +440,23 @@ def credit(mode: str, student_n: Tensor, teacher_m: Tensor, student_chunk_n: Ten
 
     A 1:1 chunk gives the teacher's log q itself, not a sum that only rounds to it.
     """
-    size = 1 + max((int(side.max()) for side in (student_chunk_n, teacher_chunk_m) if len(side)), default=-1)
-    ones = [torch.ones_like(side) for side in (student_n, teacher_m)]
-    count_C, theirs_C = (chunk_sums(one, side, size) for one, side in zip(ones, (student_chunk_n, teacher_chunk_m)))
-    if not size:
-        return student_n.clone(), torch.zeros_like(student_n, dtype=torch.bool)
-    at = student_chunk_n.clamp(min=0)
-    scored_n = (student_chunk_n >= 0) & (theirs_C[at] > 0)
+    size, at = number_of_chunks(student_chunk_n, teacher_chunk_m), student_chunk_n.clamp(min=0)
+    mine_n, theirs_n = (chunk_sums(torch.ones_like(value), chunk, size)[at]
+                        for value, chunk in ((student_n, student_chunk_n), (teacher_m, teacher_chunk_m)))
+    single_n = (mine_n == 1) & (theirs_n == 1)
+    scored_n = (student_chunk_n >= 0) & (theirs_n > 0)
     if max_chunk:
-        scored_n &= (count_C[at] <= max_chunk) & (theirs_C[at] <= max_chunk)
-    single_n = (count_C[at] == 1) & (theirs_C[at] == 1)
+        scored_n &= (mine_n <= max_chunk) & (theirs_n <= max_chunk)
     if mode == "strict":
         scored_n &= single_n
-    own_n = chunk_sums(student_n, student_chunk_n, size)[at]
-    teacher_n = chunk_sums(teacher_m, teacher_chunk_m, size)[at]
-    gap_n = teacher_n - own_n
-    if clamp and mode not in CLAMPED_AFTER:
-        gap_n = gap_n.clamp(-clamp, clamp)
-    advantage_n = CREDIT[mode](Shares(student_n.double(), gap_n, own_n, count_C[at].clamp(min=1), prefix_n))
-    if clamp:
-        plain_n = single_n & ((teacher_n - own_n).abs() <= clamp)
-        if mode in CLAMPED_AFTER:
-            advantage_n = advantage_n.clamp(-clamp, clamp)
-    else:
-        plain_n = single_n
-    effective_n = torch.where(plain_n, teacher_n, student_n.double() + advantage_n).to(student_n.dtype)
-    return torch.where(scored_n, effective_n, student_n), scored_n
+    own_n, teacher_n = chunk_sums(student_n, student_chunk_n, size)[at], chunk_sums(teacher_m, teacher_chunk_m, size)[at]
+    gap_n, bound, after = teacher_n - own_n, clamp or torch.inf, mode in CLAMPED_AFTER
+    shares = Shares(student_n.double(), gap_n if after else gap_n.clamp(-bound, bound), own_n, mine_n.clamp(min=1), prefix_n)
+    advantage_n = CREDIT[mode](shares)
+    if after:
+        advantage_n = advantage_n.clamp(-bound, bound)
+    effective_n = torch.where(single_n & (gap_n.abs() <= bound), teacher_n, shares.log_b + advantage_n)
+    return torch.where(scored_n, effective_n.to(student_n.dtype), student_n), scored_n
 
 
 def slice_mass(logp_MV: Tensor, order: Tensor, rows: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -485,18 +483,16 @@ def prefix_scores(teacher_m: Tensor, student_chunk_n: Tensor, teacher_chunk_m: T
                             bytes have log-mass mass_c there (Reading.cuts, slice_mass)
     Every scored token that does not end its chunk has a cut, since ends that both share are chunk ends.
     """
-    size = 1 + max((int(side.max()) for side in (student_chunk_n, teacher_chunk_m) if len(side)), default=-1)
-    if not size:
-        return torch.zeros_like(teacher_m[:0]).new_zeros(len(student_chunk_n))
+    size = number_of_chunks(student_chunk_n, teacher_chunk_m)
     value_m = torch.where(teacher_chunk_m >= 0, teacher_m, 0.0).double()
     before_m, at_m = value_m.cumsum(0) - value_m, teacher_chunk_m.clamp(min=0)
     place_m = torch.arange(len(value_m), device=value_m.device)
     first_C = torch.full((size,), len(value_m), device=value_m.device).scatter_reduce(
         0, at_m, torch.where(teacher_chunk_m >= 0, place_m, len(value_m)), "amin")
-    level_n = chunk_sums(teacher_m, teacher_chunk_m, size)[student_chunk_n.clamp(min=0)]    # log M, from the chunk's start
+    # log M from the chunk's start on, in float64: its sums start anywhere in the step
+    level_n = chunk_sums(teacher_m, teacher_chunk_m, size)[student_chunk_n.clamp(min=0)]
     level_n[cut_i] = before_m[cut_j] - before_m[first_C[at_m[cut_j]]] + mass_c.double()
     at = (student_chunk_n >= 0).nonzero().squeeze(1)
     level, chunk = level_n[at], student_chunk_n[at]
-    previous = torch.where(chunk[1:] == chunk[:-1], level[:-1], 0.0)
-    level[1:] -= previous
+    level[1:] -= torch.where(chunk[1:] == chunk[:-1], level[:-1], 0.0)
     return torch.zeros_like(level_n).index_copy(0, at, level).to(teacher_m.dtype)
