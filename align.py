@@ -34,6 +34,7 @@ MODELS = ("BPE", "Unigram")
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend")
 PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts")
 DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")
+SLICE_ENTRIES = 4_194_304   # log-probs that slice_mass gathers at a time: about 130 MB with their indices
 
 
 # Bytes of ids
@@ -190,8 +191,8 @@ class Reading(NamedTuple):
     ids: list[int]              # teacher tokens after its prompt; finished: a teacher stop id stands last
     student_chunk: list[int]    # per response token: chunk number in this response; -1 = cannot be scored
     teacher_chunk: list[int]    # per entry of ids: chunk number; -1 = read, but answers for no student token
-    cuts: list[tuple[int, int, int, int]]   # (i, j, lo, hi): student token i ends strictly inside teacher token j;
-    #                             those that start with the same bytes are Bridge.order[lo:hi]
+    cuts: list[tuple[int, int, int, int]]   # (i, j, lo, hi): student token i ends inside teacher token j, whose
+    #                             bytes so far are the first ones of Bridge.order[lo:hi]
 
 
 class Side(NamedTuple):
@@ -451,27 +452,33 @@ def credit(mode: str, student_n: Tensor, teacher_m: Tensor, student_chunk_n: Ten
         scored_n &= single_n
     own_n, teacher_n = chunk_sums(student_n, student_chunk_n, size)[at], chunk_sums(teacher_m, teacher_chunk_m, size)[at]
     gap_n, bound, after = teacher_n - own_n, clamp or torch.inf, mode in CLAMPED_AFTER
-    shares = Shares(student_n.double(), gap_n if after else gap_n.clamp(-bound, bound), own_n, mine_n.clamp(min=1), prefix_n)
-    advantage_n = CREDIT[mode](shares)
+    shared_n = gap_n if after else gap_n.clamp(-bound, bound)
+    advantage_n = CREDIT[mode](Shares(student_n.double(), shared_n, own_n, mine_n.clamp(min=1), prefix_n))
     if after:
         advantage_n = advantage_n.clamp(-bound, bound)
-    effective_n = torch.where(single_n & (gap_n.abs() <= bound), teacher_n, shares.log_b + advantage_n)
+    effective_n = torch.where(single_n & (gap_n.abs() <= bound), teacher_n, student_n.double() + advantage_n)
     return torch.where(scored_n, effective_n.to(student_n.dtype), student_n), scored_n
 
 
 def slice_mass(logp_MV: Tensor, order: Tensor, rows: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """(C,): log of the probability that row rows[c] of logp_MV gives to the tokens order[lo[c]:hi[c]].
 
-    Gathers those entries alone: C x V would be as large as the logits, while most slices are short.
+    Gathers those entries alone: C x V would be as large as the logits, while most slices are short. Not all are
+    (a third of a vocabulary starts with a space), so SLICE_ENTRIES are taken at a time.
     """
-    width = hi - lo
-    cut = torch.arange(len(rows), device=rows.device).repeat_interleave(width)
-    place = torch.arange(len(cut), device=rows.device) - (width.cumsum(0) - width)[cut] + lo[cut]
-    logp = logp_MV[rows[cut], order[place]]
-    top_c = torch.full((len(rows),), -torch.inf, dtype=logp.dtype, device=logp.device)
-    top_c = top_c.scatter_reduce(0, cut, logp, "amax")
-    total_c = torch.zeros_like(top_c).index_add(0, cut, (logp - top_c[cut]).exp())
-    return top_c + total_c.log()
+    if not len(rows):
+        return logp_MV.new_zeros(0)
+    _, sizes = torch.unique_consecutive((hi - lo).cumsum(0) // SLICE_ENTRIES, return_counts=True)
+    mass = []
+    for row, start, end in zip(*(part.split(sizes.tolist()) for part in (rows, lo, hi))):
+        width = end - start
+        cut = torch.arange(len(row), device=row.device).repeat_interleave(width)
+        place = torch.arange(len(cut), device=row.device) - (width.cumsum(0) - width)[cut] + start[cut]
+        logp = logp_MV[row[cut], order[place]]
+        top_c = torch.full((len(row),), -torch.inf, dtype=logp.dtype, device=logp.device)
+        top_c = top_c.scatter_reduce(0, cut, logp, "amax")
+        mass.append(top_c + torch.zeros_like(top_c).index_add(0, cut, (logp - top_c[cut]).exp()).log())
+    return torch.cat(mass)
 
 
 def prefix_scores(teacher_m: Tensor, student_chunk_n: Tensor, teacher_chunk_m: Tensor, cut_i: Tensor, cut_j: Tensor,

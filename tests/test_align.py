@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from align import CREDIT, Bridge, chunk_sums, chunks, credit, prefix_scores, slice_mass  # noqa: E402
+import align  # noqa: E402
+from align import CREDIT, Bridge, chunk_sums, credit, prefix_scores, slice_mass  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 CONSERVING = ("prop", "shift", "uniform", "prefix")     # their advantages add up to the chunk's log-ratio
@@ -272,7 +273,7 @@ def test_slices_are_the_tokens_that_start_with_the_bytes(toy):
         assert sorted(bridge.order[lo:hi].tolist()) == [i for i, word in enumerate(VOCAB) if word.startswith(text)]
 
 
-def test_slice_masses_are_sums_of_probabilities(toy):
+def test_slice_masses_are_sums_of_probabilities(toy, monkeypatch):
     order, logp = toy[2].order, torch.log_softmax(30 * rand(5, 9), -1)
     spans = [(row, lo, hi) for row in (4, 0, 2) for lo in range(8) for hi in range(lo + 1, 9)]
     rows, lo, hi = (torch.tensor(column) for column in zip(*spans))
@@ -280,6 +281,8 @@ def test_slice_masses_are_sums_of_probabilities(toy):
     expected = [math.log(math.fsum(math.exp(logp[r, i]) for i in order[a:b].tolist())) for r, a, b in spans]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=got.dtype), rtol=1e-12, atol=1e-12)
     assert slice_mass(logp, order, rows[:0], lo[:0], hi[:0]).shape == (0,)
+    monkeypatch.setattr(align, "SLICE_ENTRIES", 10)     # the same, a few cuts at a time
+    torch.testing.assert_close(slice_mass(logp, order, rows, lo, hi), got, rtol=0, atol=0)
     far = torch.full((1, 9), -2000.0)       # masses below the smallest float stay numbers
     one = torch.tensor([1])
     assert slice_mass(far, order, one - 1, one, one + 2).item() == pytest.approx(-2000 + math.log(2))
@@ -310,8 +313,7 @@ def covers(data, teacher_lm, ids=()):
     if not data:
         return 1.0
     total = 0.0
-    for i, word in enumerate(VOCAB):
-        p = teacher_lm(ids)[i].exp().item()
+    for word, i, p in zip(VOCAB, range(8), teacher_lm(ids).exp().tolist()):
         if word.startswith(data):
             total += p
         elif data.startswith(word):
@@ -402,4 +404,3 @@ def test_the_log_ratio_of_a_response_is_the_text_kl_less_two_segmentation_terms(
 def test_chunk_sums_leave_masked_tokens_out():
     value, chunk = torch.tensor([1.0, 2.0, torch.nan, 4.0]), torch.tensor([1, 1, -1, 3])
     assert chunk_sums(value, chunk, 5).tolist() == [0, 3, 0, 4, 0]
-    assert chunks([1, 1], [2])[0] == [0, 0]

@@ -77,6 +77,7 @@ KINDS = {"digits3": lambda: byte_level(420, "{1,3}"), "nfc": lambda: byte_level(
          "bytes": lambda: byte_level(256), "long": lambda: byte_level(500), "unigram": unigram}
 MARKED = ("llama2", "gemma", "unigram")     # they write a space as ▁, so a real ▁ cannot be told from it
 PAIRS = list(product(KINDS, KINDS))
+STARTING: dict = {}     # found by brute force once
 
 TEXTS = [
     "", "a", " ", "🙂", FAMILY, "🇩🇪🇫🇷", "☺\ufe0f", "👍🏽👍🏿", "你好,世界。", "\u1112\u1161\u11ab 한", "ภาษาไทย", "السلام ﻻ ﷺ",
@@ -171,12 +172,12 @@ def check_finished(reading, response, mine, theirs, bridge):
         assert bridge.order[lo:hi].tolist() == starting(theirs, prefix)
 
 
-def starting(table, prefix, memo={}):
+def starting(table, prefix):
     key = id(table), prefix
-    if key not in memo:
-        memo[key] = [i for text, i in sorted((text, i) for i, text in enumerate(table.bytes) if text)
-                     if i not in table.special and text.startswith(prefix)]
-    return memo[key]
+    if key not in STARTING:
+        STARTING[key] = [i for text, i in sorted((text, i) for i, text in enumerate(table.bytes) if text)
+                         if i not in table.special and text.startswith(prefix)]
+    return STARTING[key]
 
 
 def mixtures(rng, number):
@@ -240,7 +241,7 @@ def test_a_raw_copy_reads_what_is_written_where_the_tokenizer_itself_does_not(si
     ("model", models.BPE({"a</w>": 0, "b": 1, "<s>": 2}, [], end_of_word_suffix="</w>"), "end_of_word_suffix"),
     ("normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Nmt()]), "Nmt"),
     ("normalizer", normalizers.BertNormalizer(), "BertNormalizer"),
-    ("normalizer", normalizers.Replace(Regex(" {2,}"), " "), "replaces"),
+    ("normalizer", normalizers.Replace(Regex(" {2,}"), " "), "Replace"),
     ("pre_tokenizer", pre_tokenizers.Whitespace(), "Whitespace"),
     ("pre_tokenizer", pre_tokenizers.Split(" ", "removed"), "Split"),
     ("decoder", decoders.WordPiece(), "WordPiece"), ("decoder", decoders.Fuse(), "no decoder"),
@@ -520,7 +521,7 @@ def test_bytes_that_are_no_text_are_dropped(data, bridges, tables):
 
 def test_no_tokenizer_reads_a_lone_surrogate(raws):
     for raw in raws.values():
-        with pytest.raises(Exception):
+        with pytest.raises((TypeError, UnicodeEncodeError)):
             raw.encode("\ud800")
 
 
