@@ -85,66 +85,64 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
-    """The byte table of a tokenizer.  UserError: a kind whose tokens have no bytes of their own.
-
-    A piece is what the decoder makes of it. An added token is its literal content, except in a SentencePiece
-    vocabulary where it is a piece as well (Gemma declares runs of spaces, ▁▁, both ways).
-    """
-    spec = supported(tokenizer)
-    vocab, decoder, alphabet = spec["model"]["vocab"], flat(spec["decoder"]), byte_alphabet()
+def byte_table(spec: dict) -> TokenBytes:
+    """A piece is what the decoder makes of it. An added token is its literal content, except in a SentencePiece
+    vocabulary where it is a piece as well (Gemma declares runs of spaces, ▁▁, both ways)."""
+    vocab, added, decoder = spec["model"]["vocab"], spec["added_tokens"], flat(spec["decoder"])
     pieces = vocab if isinstance(vocab, dict) else {piece: token_id for token_id, (piece, _) in enumerate(vocab)}
     byte_level = any(step["type"] == "ByteLevel" for step in decoder)
     markers = [step["replacement"] if step["type"] == "Metaspace" else step["pattern"]["String"]
                for step in decoder if step["type"] in ("Metaspace", "Replace")]
-    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)} if spec["model"].get("byte_fallback") else {}
-    table: list[bytes | None] = [None] * tokenizer.vocab_size
-    fallback = set()
+    single = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)} if spec["model"].get("byte_fallback") else {}
+    fallback = frozenset() if byte_level else frozenset(pieces[piece] for piece in single if piece in pieces)
+    value_of = byte_alphabet().__getitem__
+    size = 1 + max([*pieces.values(), *(token["id"] for token in added)])
+    table: list[bytes | None] = [None] * size
     for piece, token_id in pieces.items():
-        if byte_level and all(character in alphabet for character in piece):
-            table[token_id] = bytes(alphabet[character] for character in piece)
-        elif not byte_level and piece in bytes_:
-            table[token_id] = bytes([bytes_[piece]])
-            fallback.add(token_id)
-        else:
+        try:
+            table[token_id] = bytes(map(value_of, piece)) if byte_level else single[piece]
+        except KeyError:    # an ordinary SentencePiece; or one that no byte-level encoder writes
             for marker in markers:
                 piece = piece.replace(marker, " ")
             table[token_id] = piece.encode()
-    added = spec["added_tokens"]
     for token in added:
         if byte_level or token["special"] or token["content"] not in pieces:
             table[token["id"]] = token["content"].encode()
     special = frozenset(token["id"] for token in added if token["special"])
-    return TokenBytes(table, special, {token["content"].encode(): token["id"] for token in added}, frozenset(fallback))
+    return TokenBytes(table, special, {token["content"].encode(): token["id"] for token in added}, fallback)
 
 
-def raw_copy(tokenizer: Tokenizer) -> Backend:
-    """The tokenizer without anything that changes a text before it is cut: no normal forms, no space in front,
-    no text turned into control tokens, no spaces swallowed beside added tokens, no dropout. `encode` it with
-    add_special_tokens=False."""
-    spec = supported(tokenizer)
-    spec["normalizer"] = {"type": "Sequence", "normalizers": [
-        step for step in flat(spec["normalizer"]) if step["type"] == "Replace"]}
-    for step in (steps := flat(spec["pre_tokenizer"])):
-        if step["type"] == "ByteLevel":
-            step["add_prefix_space"] = False
-        if step["type"] == "Metaspace":
-            step["prepend_scheme"] = "never"
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    for token in spec["added_tokens"]:
-        token["lstrip"] = token["rstrip"] = False
-    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
-    if "dropout" in spec["model"]:
-        spec["model"]["dropout"] = None
-    backend = Backend.from_str(json.dumps(spec))
+def rebuilt_raw(spec: dict) -> Backend:
+    """What raw_copy promises, from the description of the tokenizer."""
+    steps = [{**step, "add_prefix_space": False} if step["type"] == "ByteLevel" else
+             {**step, "prepend_scheme": "never"} if step["type"] == "Metaspace" else step
+             for step in flat(spec["pre_tokenizer"])]
+    kept = [step for step in flat(spec["normalizer"]) if step["type"] == "Replace"]
+    backend = Backend.from_str(json.dumps({
+        **spec, "truncation": None, "padding": None, "post_processor": None,
+        "normalizer": {"type": "Sequence", "normalizers": kept},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "added_tokens": [{**token, "lstrip": False, "rstrip": False} for token in spec["added_tokens"]],
+        "model": {**spec["model"], **({"dropout": None} if "dropout" in spec["model"] else {})}}))
     backend.encode_special_tokens = True
     return backend
 
 
+def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    """The byte table of a tokenizer.  UserError: a kind whose tokens have no bytes of their own."""
+    return byte_table(supported(tokenizer))
+
+
+def raw_copy(tokenizer: Tokenizer) -> Backend:
+    """The tokenizer without anything that changes a text before it is cut: no normal forms, no space in front,
+    no text turned into control tokens, no spaces swallowed beside added tokens, no dropout. `encode` with
+    add_special_tokens=False.  UserError: as token_bytes."""
+    return rebuilt_raw(supported(tokenizer))
+
+
 def whitespace_tokens(table: TokenBytes) -> Tensor:
     """(V,) bool: tokens of nothing but spaces, tabs and newlines."""
-    return torch.tensor([bool(text) and not text.strip(b" \t\r\n") and token_id not in table.special
-                         for token_id, text in enumerate(table.bytes)])
+    return torch.tensor([bool(text) and not text.strip(b" \t\r\n") for text in table.bytes])
 
 
 # Chunks
@@ -238,8 +236,8 @@ class Bridge:
     """
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer):
-        self._mine, self._theirs = (Side(token_bytes(side), raw_copy(side), tuple(side.stop_ids))
-                                    for side in (student, teacher))
+        self._mine, self._theirs = (Side(byte_table(spec), rebuilt_raw(spec), tuple(side.stop_ids))
+                                    for side in (student, teacher) for spec in [supported(side)])
         self.student_stop, self.teacher_stop = self._mine.stop, self._theirs.stop
         mine, theirs = self._mine.table, self._theirs.table
         self._control, self._control_back = same_control(mine, theirs), same_control(theirs, mine)
@@ -252,9 +250,9 @@ class Bridge:
         """Ids of equal bytes are paired in order, pieces before the byte tokens that stand in for them."""
         groups: tuple[dict, dict] = {}, {}
         for side, group in zip((self._mine.table, self._theirs.table), groups):
-            for i in sorted(range(len(side.bytes)), key=lambda i: (i in side.fallback, i)):
-                if side.bytes[i] is not None:
-                    group.setdefault((side.bytes[i], i in side.special), []).append(i)
+            pieces = [i for i, text in enumerate(side.bytes) if text is not None and i not in side.fallback]
+            for i in pieces + sorted(side.fallback):
+                group.setdefault((side.bytes[i], i in side.special), []).append(i)
         pairs = {i: j for key, ids in groups[0].items() for i, j in zip(ids, groups[1].get(key, []))}
         stop = self.student_stop[0]
         answer = self._theirs.stop_like(self._mine.table.bytes[stop])

@@ -49,7 +49,7 @@ def sentencepiece(prepend):
     pieces = ["<unk>", "<s>", "</s>"] + BYTES + sorted(learnt["vocab"], key=learnt["vocab"].get)
     merges = [tuple(pair) for pair in learnt["merges"]]
     if not prepend and "▁▁" not in pieces:
-        pieces, merges = pieces + ["▁▁"], merges + [("▁", "▁")]
+        pieces, merges = pieces + ["▁▁", "<turn▁end>"], merges + [("▁", "▁")]
     backend = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>",
                                  byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), marked]) if prepend else marked
@@ -57,6 +57,7 @@ def sentencepiece(prepend):
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prepend)
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     if not prepend:     # as Gemma: runs of spaces are pieces and added tokens at once
+        backend.add_special_tokens(["<turn▁end>"])
         backend.add_tokens([AddedToken("▁▁", normalized=False), AddedToken("<table>", normalized=False)])
     return backend, ["</s>"]
 
@@ -216,6 +217,7 @@ def test_byte_tokens_spaces_and_added_tokens_of_sentencepiece(tables, sides):
     assert table.bytes[vocab["<0x0A>"]] == b"\n" and vocab["<0x0A>"] in table.fallback
     assert table.bytes[vocab["▁▁"]] == b"  "            # an added token that is a piece as well
     assert table.bytes[vocab["<table>"]] == b"<table>" and vocab["<table>"] not in table.special
+    assert table.bytes[vocab["<turn▁end>"]] == "<turn▁end>".encode()    # a control token has no spaces
     assert table.bytes[vocab["</s>"]] == b"</s>" and vocab["</s>"] in table.special
     spaces = whitespace_tokens(table)
     assert spaces.shape == (sides["gemma"].vocab_size,)
@@ -338,6 +340,7 @@ def test_chunks_do_not_depend_on_who_is_called_student():
 def test_tokens_of_no_bytes_go_with_the_chunk_that_starts_there():
     assert chunks([], []) == ([], [])
     assert chunks([0, 2, 0, 1, 0], [1, 1, 0, 1, 0]) == ([0, 0, 1, 1, 1], [0, 0, 1, 1, 1])
+    assert chunks([0, 1, 1], [0, 1, 1]) == ([0, 0, 1], [0, 0, 1])
     assert chunks([3], [0, 1, 0, 2]) == ([0], [0, 0, 0, 0])
     assert chunks([0], []) == ([0], [])
     with pytest.raises(ValueError, match="2 bytes cannot be aligned with 3"):
@@ -439,6 +442,8 @@ def test_a_marker_that_is_special_on_one_side_only_is_one_event(folders, tmp_pat
         reading = bridge.read(response, True)
         assert reading.ids[0] == b.vocab()["</think>"] and reading.student_chunk == reading.teacher_chunk == [0, 1]
         assert bridge.translate([b.vocab()["</think>"]], False) == [a.vocab()["</think>"]]
+        repeated = bridge.read(response, True, b"</think>")         # and can be what the prompt opened
+        assert repeated == Reading([reading.ids[1]], [-1, 0], [0], [])
 
 
 def test_a_thinking_marker_is_one_token_or_several(bridges, sides, tables, raws):
