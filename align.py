@@ -448,7 +448,8 @@ def credit(mode: str, student_n: Tensor, teacher_m: Tensor, student_chunk_n: Ten
         scored_n &= (mine_n <= max_chunk) & (theirs_n <= max_chunk)
     if mode == "strict":
         scored_n &= single_n
-    own_n, teacher_n = chunk_sums(student_n, student_chunk_n, size)[at], chunk_sums(teacher_m, teacher_chunk_m, size)[at]
+    own_n = chunk_sums(student_n, student_chunk_n, size)[at]
+    teacher_n = chunk_sums(teacher_m, teacher_chunk_m, size)[at]
     gap_n, bound, after = teacher_n - own_n, clamp or torch.inf, mode in CLAMPED_AFTER
     shared_n = gap_n if after else gap_n.clamp(-bound, bound)
     advantage_n = CREDIT[mode](Shares(student_n.double(), shared_n, own_n, mine_n.clamp(min=1), prefix_n))

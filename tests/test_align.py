@@ -83,7 +83,8 @@ def test_advantages_add_up_to_the_log_ratio_of_all_scored_text(mode):
     step = random_step(1)
     b, q, s, t, _ = step
     A, _ = advantages(mode, step)
-    torch.testing.assert_close(chunk_sums(A, s, 40), chunk_sums(q, t, 40) - chunk_sums(b, s, 40), rtol=1e-12, atol=1e-12)
+    gap = chunk_sums(q, t, 40) - chunk_sums(b, s, 40)
+    torch.testing.assert_close(chunk_sums(A, s, 40), gap, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(A.sum(), q[t >= 0].sum() - b[s >= 0].sum(), rtol=1e-12, atol=1e-12)
 
 
@@ -333,7 +334,8 @@ def test_prefix_scores_telescope_and_never_exceed_the_true_prefix_probability(to
                 assert (r <= 1e-12).all()
                 chunk, theirs = torch.tensor(reading.student_chunk), torch.tensor(reading.teacher_chunk)
                 size = int(chunk.max()) + 1
-                torch.testing.assert_close(chunk_sums(r, chunk, size), chunk_sums(q, theirs, size), rtol=1e-12, atol=1e-12)
+                total = chunk_sums(q, theirs, size)
+                torch.testing.assert_close(chunk_sums(r, chunk, size), total, rtol=1e-12, atol=1e-12)
                 data, level = b"", 0.0
                 for i, token_id in enumerate(ids):
                     data, level = data + spells[token_id], level + r[i].item()
@@ -383,7 +385,8 @@ def test_the_log_ratio_of_a_response_is_the_text_kl_less_two_segmentation_terms(
     left, texts, responses = 0.0, {}, []
     for n in range(4):
         for ids in product(range(3), repeat=n):
-            b = [student_lm(ids[:k])[i].item() for k, i in enumerate(ids)] + [student_lm(ids)[3].item() if n < 3 else 0.0]
+            b = [student_lm(ids[:k])[i].item() for k, i in enumerate(ids)]
+            b += [student_lm(ids)[3].item() if n < 3 else 0.0]      # after three tokens it must stop
             reading = bridge.read([*ids, 3], True)
             q, _ = prefix_of(reading, teacher_lm, bridge)
             b = torch.tensor(b, dtype=torch.float64)

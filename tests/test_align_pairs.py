@@ -83,7 +83,8 @@ STARTING: dict = {}     # found by brute force once
 TEXTS = [
     "", "a", " ", "🙂", FAMILY, "🇩🇪🇫🇷", "☺\ufe0f", "👍🏽👍🏿", "你好,世界。", "\u1112\u1161\u11ab 한", "ภาษาไทย", "السلام ﻻ ﷺ",
     "क्षत्रिय", "e\u0301 é", "\u212b Å", "ﬁ", "ＡＢ１２", "a\u0323\u0307 a\u0307\u0323", "\ufffd real", "\0\x01\x1f\x7f",
-    "▁", " ▁ a▁▁b", "<0x41>A", "Ġ the Ċ", "a\u00a0b\u2003c", "a\u200bb\ufeff", "\ufefftop", "\t\t x\t", "a\rb\r\nc\r\n\r\n",
+    "▁", " ▁ a▁▁b", "<0x41>A", "Ġ the Ċ",
+    "a\u00a0b\u2003c", "a\u200bb\ufeff", "\ufefftop", "\t\t x\t", "a\rb\r\nc\r\n\r\n",
     "end  ", "\n\n\nstart", "\n", " \n ", "-1.5e-10 +3,000.25", "if x:\n        return [y\n            for y in z]\n",
     "<|im_end|>", "a<|endoftext|>b", "<|im_start|>user\n", "<s>", "x</s>y", "<unk>", "</think>", " </think> ",
     "<think>\n42\n</think>\n\nthe answer", "<table> x", "\U0010ffff", "\U000e0041", "the answer is 42", "Ünïcödé",
@@ -225,12 +226,22 @@ def test_byte_tokens_spaces_and_added_tokens_of_sentencepiece(tables, sides):
     assert spaces.tolist() == [text.isspace() and text.decode("latin1").strip(" \t\r\n") == "" for text in table.bytes]
 
 
+def test_a_byte_token_is_one_only_if_the_model_falls_back_to_bytes(folders, tmp_path):
+    spec = json.loads((folders / "gemma" / "tokenizer.json").read_text())
+    spec["model"]["byte_fallback"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    table = token_bytes(Tokenizer(tmp_path))
+    assert table.bytes[3 + 65] == b"<0x41>" and not table.fallback
+
+
 def test_a_raw_copy_reads_what_is_written_where_the_tokenizer_itself_does_not(sides, raws):
     """Each case is one of the edits: without it the stock tokenizer gives other ids."""
     def texts(kind, text, raw):
         ids = raws[kind].encode(text, add_special_tokens=False).ids if raw else sides[kind].encode(text)
         return b"".join(token_bytes(sides[kind]).bytes[i] for i in ids)
-    for kind, text in (("nfc", "e\u0301"), ("nfc", "the"), ("nfc", " </think> x"), ("llama2", "the"), ("unigram", "the")):
+    for kind, text in (("nfc", "e\u0301"), ("nfc", "the"),
+                       ("nfc", " </think> x"), ("llama2", "the"), ("unigram", "the")):
         assert texts(kind, text, raw=True) == text.encode() != texts(kind, text, raw=False), (kind, text)
     end = sides["nfc"].vocab()["<|im_end|>"]
     assert end in sides["nfc"].encode("a<|im_end|>") and end not in raws["nfc"].encode("a<|im_end|>").ids
@@ -273,10 +284,10 @@ def test_dropout_is_off_in_the_raw_copy(tmp_path):
 # Every ordered pair
 
 def test_every_text_is_a_finest_partition_or_an_inherent_loss(bridges, tables, raws):
-    """49 ordered pairs x (101 hard texts + 40 random mixtures of them), each as the student writes it and in a
-    segmentation drawn at random: 13,818 readings."""
+    """49 ordered pairs x (101 hard texts + 20 random mixtures of them), each as the student writes it and in a
+    segmentation drawn at random: 11,858 readings."""
     rng, cases, dropped = random.Random(0), 0, {kind: 0 for kind in KINDS}
-    texts = TEXTS + mixtures(rng, 40)
+    texts = TEXTS + mixtures(rng, 20)
     for (a, b), bridge in bridges.items():
         for text in texts:
             for ids in (write(tables[a], raws[a], text), scramble(tables[a], text.encode(), rng)):
@@ -290,7 +301,7 @@ def test_every_text_is_a_finest_partition_or_an_inherent_loss(bridges, tables, r
                     assert not (b in MARKED and "▁" in text)
                     check_finished(reading, response, tables[a], tables[b], bridge)
     marked = 14 * sum("▁" in text for text in texts)
-    assert cases == 49 * 2 * (len(TEXTS) + 40) == 13_818
+    assert cases == 49 * 2 * (len(TEXTS) + 20) == 11_858
     assert dropped.pop("unigram") > marked and dropped.pop("llama2") == dropped.pop("gemma") == marked > 0
     assert not any(dropped.values())
 
@@ -442,6 +453,7 @@ def test_a_marker_that_is_special_on_one_side_only_is_one_event(folders, tmp_pat
         reading = bridge.read(response, True)
         assert reading.ids[0] == b.vocab()["</think>"] and reading.student_chunk == reading.teacher_chunk == [0, 1]
         assert bridge.translate([b.vocab()["</think>"]], False) == [a.vocab()["</think>"]]
+        assert (response[0], reading.ids[0]) not in zip(*(side.tolist() for side in bridge.shared))
         repeated = bridge.read(response, True, b"</think>")         # and can be what the prompt opened
         assert repeated == Reading([reading.ids[1]], [-1, 0], [0], [])
 
@@ -583,7 +595,8 @@ def test_translation_gives_the_students_own_tokens(bridges, tables, raws):
             back = bridge.translate(theirs + [bridge.teacher_stop[-1]], True)
             assert back is not None or inherent(a, text)
             if back is not None:
-                assert back[-1] in bridge.student_stop and b"".join(tables[a].bytes[i] for i in back[:-1]) == text.encode()
+                assert back[-1] in bridge.student_stop
+                assert b"".join(tables[a].bytes[i] for i in back[:-1]) == text.encode()
                 assert back[:-1] == raws[a].encode(text, add_special_tokens=False).ids
         half = scramble(tables[b], b"\xe4", random.Random(0), longest=1)
         assert bridge.translate(half, False) is None and bridge.translate(half, True) is None
