@@ -368,6 +368,10 @@ def test_prefix_scores_of_a_long_step_do_not_drift():
     r = prefix_scores(q, chunk, chunk, cut, cut + 1, mass)
     torch.testing.assert_close(r[::2], q[::2] + mass, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(r[1::2], q[1::2] - mass, rtol=1e-6, atol=1e-6)
+    backwards = torch.cat([torch.tensor([-1]), chunk.flip(0)])     # any numbering; a masked token in front
+    masked = torch.cat([torch.tensor([torch.nan]), q])
+    again = prefix_scores(masked, backwards, backwards, cut + 1, cut + 2, mass)
+    torch.testing.assert_close(again, torch.cat([torch.zeros(1), r]), rtol=1e-6, atol=1e-6)
 
 
 # What is minimised

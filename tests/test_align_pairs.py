@@ -19,7 +19,8 @@ from tokenizer import Tokenizer, UserError  # noqa: E402
 
 FAMILY = "\U0001F468\u200d\U0001F469\u200d\U0001F467\u200d\U0001F466"
 SENTENCES = ["The quick brown fox: 12345 + 678 = 13023, so 3*4=12; 12-5=7.", "def f(x):\n    return x  # 12\n\n",
-             "Ünïcödé, 你好世界 and 🙂🙂 " + FAMILY + " are bytes too.", "the answer is <think> 42 </think> the answer is 42"]
+             "Ünïcödé, 你好世界 and 🙂🙂 " + FAMILY + " are bytes too.",
+             "the answer is <think> 42 </think> the answer is 42"]
 WORDS = r"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -81,7 +82,8 @@ PAIRS = list(product(KINDS, KINDS))
 STARTING: dict = {}     # found by brute force once
 
 TEXTS = [
-    "", "a", " ", "🙂", FAMILY, "🇩🇪🇫🇷", "☺\ufe0f", "👍🏽👍🏿", "你好,世界。", "\u1112\u1161\u11ab 한", "ภาษาไทย", "السلام ﻻ ﷺ",
+    "", "a", " ", "🙂", FAMILY,
+    "🇩🇪🇫🇷", "☺\ufe0f", "👍🏽👍🏿", "你好,世界。", "\u1112\u1161\u11ab 한", "ภาษาไทย", "السلام ﻻ ﷺ",
     "क्षत्रिय", "e\u0301 é", "\u212b Å", "ﬁ", "ＡＢ１２", "a\u0323\u0307 a\u0307\u0323", "\ufffd real", "\0\x01\x1f\x7f",
     "▁", " ▁ a▁▁b", "<0x41>A", "Ġ the Ċ",
     "a\u00a0b\u2003c", "a\u200bb\ufeff", "\ufefftop", "\t\t x\t", "a\rb\r\nc\r\n\r\n",
@@ -415,8 +417,8 @@ def test_a_control_token_parts_the_text(sides, tables, raws, bridges):
     left, right = (write(tables["digits3"], raws["digits3"], text) for text in ("x \n", "\n\n the 12345"))
     for kind in ("nfc", "llama2"):
         bridge = bridges["digits3", kind]
-        a, b = bridge.read(left + bridge_stop(bridge), True), bridge.read(right + bridge_stop(bridge), True)
-        whole = bridge.read(left + [start] + right + bridge_stop(bridge), True)
+        a, b = (bridge.read(stopped(bridge, ids), True) for ids in (left, right))
+        whole = bridge.read(stopped(bridge, left + [start] + right), True)
         event = sides[kind].vocab().get("<|im_start|>")
         assert (event is None) == (kind == "llama2")
         read, chunk = ([], []) if event is None else ([event], [max(a.student_chunk)])
@@ -428,10 +430,6 @@ def test_a_control_token_parts_the_text(sides, tables, raws, bridges):
         assert [cut[:2] for cut in whole.cuts] == [cut[:2] for cut in a.cuts] + places
     ended = bridges["digits3", "nfc"].read(left + [start], False)       # a control token is complete: no mask
     assert -1 not in ended.student_chunk + ended.teacher_chunk
-
-
-def bridge_stop(bridge):
-    return [bridge.student_stop[0]]
 
 
 def test_text_that_looks_like_a_control_token_stays_text(bridges, tables, raws):
