@@ -358,6 +358,12 @@ def test_a_prefix_mass_is_the_realised_tokens_times_the_slice(toy):
     assert r[3] == q[1] and r[4] == q[2]
 
 
+def test_a_masked_token_inside_a_chunk_is_passed_over():
+    one, chunk = torch.tensor([0]), torch.tensor([0, -1, 0])
+    r = prefix_scores(torch.tensor([-3.0]), chunk, one, one, one, torch.tensor([-1.0]))
+    assert r.tolist() == [-1, 0, -2]
+
+
 def test_prefix_scores_of_a_long_step_do_not_drift():
     """A chunk's score comes from its own tokens, wherever it stands among 100,000."""
     n = 100_000
