@@ -165,13 +165,16 @@ def read(cfg, run: Setup, models: list, rollout: Rollout, teacher_B: Tensor | No
                  max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, crossing=crossing)
 
 
-def cross(cfg, run: Setup, rollout: Rollout) -> Crossing | None:
+def cross(cfg, run: Setup, rollout: Rollout, on_policy: bool) -> Crossing | None:
     """The notes of this step, when some teacher has another tokenizer."""
     if not any(run.bridges):
         return None
     stops, stop_N = list(run.tokenizer.stop_ids), None
+    own = read(cfg, run, [run.student], rollout) if len(stops) > 1 or not on_policy else None
+    if not on_policy:       # nobody sampled given responses: their log-probs are not noted yet
+        rollout = replace(rollout, logp_BT=rollout.logp_BT.masked_scatter(rollout.mask_BT, own.logp_N.float()))
     if len(stops) > 1:      # to stop is one event; the sampler noted only the stop token that it drew
-        (mine,) = read(cfg, run, [run.student], rollout).parts
+        (mine,) = own.parts
         stop_N = torch.cat([logp_NV[:, stops].logsumexp(-1) for _, logp_NV in
                             distributions(mine.hidden_nE, mine.head_VE, cfg.temperature, run.chunk_rows)])
     return Crossing(run.bridges, rollout, cfg, divergence=cfg.divergence, temperature=cfg.temperature,
@@ -190,7 +193,7 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
     with clock("score"):
         scores, more = None, {}
         prompts, usable_B = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
-        crossing = cross(cfg, run, rollout)
+        crossing = cross(cfg, run, rollout, on_policy)
         if run.teachers:
             teacher_B = torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device)
             with run.student.lora_off() if run.adapters_off else nullcontext():
