@@ -84,6 +84,9 @@ def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollo
     chosen = ask(cfg, run, step, cfg.problems)
     if not on_policy:
         texts = teacher_writes(cfg, run, 0, run.prompts, chosen, cfg.samples, cfg.seed * 2**32 + step)
+        if not texts:
+            raise UserError(f"step {step}: nothing that the teacher wrote can be said in the student's tokens within "
+                            f"--max_new_tokens {cfg.max_new_tokens}; raise it, or --problems or --samples")
         return given([i for i, _, _ in texts], [ids for _, ids, _ in texts])
     rollout = generate(run.actor, [run.prompts[i] for i in chosen], samples=cfg.samples, stop_ids=run.tokenizer.stop_ids,
                        vocab_size=run.vocab_size, seed=cfg.seed * 2**32 + step, **sampling(cfg))
@@ -221,8 +224,10 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
     weight_N = WEIGHTS[cfg.weight](s, cfg) * credit.supervised(s, cfg) * usable_B[s.sequence_N]
     scale_N = row_scale(s, weight_N, cfg.reduction)
     crossing = scores.crossing if scores else None
-    if crossing and cfg.divergence != "cross_entropy":      # rows without credit stay in the denominator
-        scale_N = scale_N * (crossing.scored_N if cfg.divergence in losses.USES_ADVANTAGE else crossing.paired_N)
+    if crossing and cfg.divergence not in losses.USES_ADVANTAGE and cfg.divergence != "cross_entropy":
+        scale_N = scale_N * crossing.paired_N       # rows without credit stay in the denominator
+    elif crossing and {cfg.advantage, cfg.weight} & set(credit.NEEDS["teacher"]):
+        scale_N = scale_N * crossing.scored_N
     sizes = dict(vocab_size=run.vocab_size, chunk_rows=run.chunk_rows)
     with clock("update"):
         for group in optimizer.param_groups:
