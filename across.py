@@ -90,6 +90,7 @@ class Crossing:
         kept = [b for b in prompts if b in self.readings and self.readings[b].ids]
         responses = [self.readings[b].ids for b in kept]
         ids_m = torch.tensor([i for ids in responses for i in ids], dtype=torch.int64, device=self.device)
+        end_m = torch.tensor([j + 1 == len(ids) for ids in responses for j in range(len(ids))], dtype=torch.bool, device=self.device)
         chunk_n, chunk_m, cuts = self.joined(prompts)
         count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_tensor([-1])]).max()) + 1
         head_VE = model.head_weight()[:bridge.teacher.vocab_size].to(model.compute_dtype)
@@ -98,7 +99,7 @@ class Crossing:
             theirs = from_responses([prompts[b] for b in kept], responses, [True] * len(kept), self.device)
             all_b, all_m = (torch.arange(n, device=self.device) for n in (len(kept), len(ids_m)))
             hidden_mE = states(model, theirs, all_b, all_m, self.max_tokens)
-        teacher_m, entropy_m, mass = self.teacher_rows(bridge, hidden_mE, head_VE, ids_m, chunk_m, cuts)
+        teacher_m, entropy_m, mass = self.teacher_rows(bridge, hidden_mE, head_VE, ids_m, end_m & (chunk_m >= 0), cuts)
         effective_n = self.share_out(bridge, rows, chunk_n, chunk_m, teacher_m, cuts, mass)
         place_N = torch.full_like(self.token_N, -1)
         place_n = self.beside(rows, chunk_n, chunk_m, teacher_m, count)
@@ -146,7 +147,7 @@ class Crossing:
         chunk_n, chunk_m = (torch.tensor(chunk, dtype=torch.int64, device=self.device) for chunk in (chunk_n, chunk_m))
         return chunk_n, chunk_m, torch.tensor(cuts, dtype=torch.int64, device=self.device).reshape(-1, 4).T
 
-    def teacher_rows(self, bridge: Bridge, hidden_mE: Tensor, head_VE: Tensor, ids_m: Tensor, chunk_m: Tensor,
+    def teacher_rows(self, bridge: Bridge, hidden_mE: Tensor, head_VE: Tensor, ids_m: Tensor, end_m: Tensor,
                      cuts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log q, entropy) of the teacher's own tokens, and for each cut the log-mass of the teacher tokens
         that begin with the bytes before it (only for prefix credit)."""
@@ -154,7 +155,7 @@ class Crossing:
         teacher_m, entropy_m = (torch.zeros(len(ids_m), dtype=dtype, device=self.device) for _ in range(2))
         mass = torch.zeros(cuts.shape[1], dtype=dtype, device=self.device)
         stops = torch.tensor(bridge.teacher_stop, device=self.device)
-        stop_m = torch.isin(ids_m, stops) & (chunk_m >= 0)
+        stop_m = torch.isin(ids_m, stops) & end_m       # before the end it is a control token like others
         for at, logp_MV in distributions(hidden_mE, head_VE, **self.sizes):
             teacher_m[at] = logp_MV.gather(1, ids_m[at, None]).squeeze(1)
             entropy_m[at] = -(logp_MV.exp() * logp_MV).sum(-1)

@@ -214,6 +214,14 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
     return rollout, s, scores, usable_B, asked, on_policy
 
 
+def taught(cfg, crossing: Crossing) -> Tensor | int:
+    """1 for rows that this run's loss can learn from across tokenizers: all, when it never asks the teacher."""
+    if cfg.divergence in losses.USES_ADVANTAGE:
+        asks = {cfg.advantage, cfg.weight} & set(credit.NEEDS["teacher"])
+        return crossing.scored_N if asks else 1
+    return 1 if cfg.divergence == "cross_entropy" else crossing.paired_N
+
+
 def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], clock) -> dict:
     """Roll out, score, weigh, update. Returns the step's record for metrics.jsonl."""
     if step < cfg.cold_start_steps:
@@ -224,10 +232,8 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
     weight_N = WEIGHTS[cfg.weight](s, cfg) * credit.supervised(s, cfg) * usable_B[s.sequence_N]
     scale_N = row_scale(s, weight_N, cfg.reduction)
     crossing = scores.crossing if scores else None
-    if crossing and cfg.divergence not in losses.USES_ADVANTAGE and cfg.divergence != "cross_entropy":
-        scale_N = scale_N * crossing.paired_N       # rows without credit stay in the denominator
-    elif crossing and {cfg.advantage, cfg.weight} & set(credit.NEEDS["teacher"]):
-        scale_N = scale_N * crossing.scored_N
+    if crossing:
+        scale_N = scale_N * taught(cfg, crossing)       # rows without credit stay in the denominator
     sizes = dict(vocab_size=run.vocab_size, chunk_rows=run.chunk_rows)
     with clock("update"):
         for group in optimizer.param_groups:

@@ -8,34 +8,29 @@ import math
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import accumulate, groupby, product
+from itertools import accumulate, groupby
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHARACTERS, END, write_checkpoint
-from test_teachers import PROMPT, adamw, close, interrupted, jsonl, predictions, ready, sampled
+from conftest import CHARACTERS, write_checkpoint
+from test_teachers import jsonl, sampled
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import step as loop  # noqa: E402
-import train  # noqa: E402
 from across import AcrossArgs, Crossing  # noqa: E402
 from align import CREDIT, Bridge  # noqa: E402
 from losses import DIVERGENCES, LossArgs, Rows, chunked_backward, on_shared  # noqa: E402
 from model import load_model  # noqa: E402
 from rollout import from_responses  # noqa: E402
-from step import Clock, collect, look, train_step  # noqa: E402
 from teacher import score  # noqa: E402
 from tokenizer import Tokenizer as Text  # noqa: E402
-from tokenizer import UserError  # noqa: E402
 
 MERGES = ("1 2", "; 3", "+ 3", "= 4", "3 3")
 FOREIGN = dict(model_type="llama", vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=2)
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}*{% endfor %}"
-ALONE = ("reverse_kl", "place_alone")
 
 
 def checkpoint(folder, seed, characters, merges, special, stop, template=None, context=64, **config):
@@ -64,7 +59,7 @@ def world(pair):
     checkpoint(pair / "foreign", 3, odd, MERGES, theirs, ["</s>"], TEMPLATE, context=48, **FOREIGN)
     checkpoint(pair / "two", 4, odd + "ĠÃ©", (*MERGES, "Ã ©"), theirs, ["</s>", "<|call|>"], TEMPLATE,
                context=32, **FOREIGN)
-    checkpoint(pair / "rich", 5, CHARACTERS + "ĠÃ©", ("2 3", "5 6"), ("<|end|>", "<|eot|>", "<|think|>", "<|odd|>"),
+    checkpoint(pair / "rich", 5, CHARACTERS + "ĠÃ©", ("2 3", "5 6"), ("<|end|>", "<|eot|>", "<|think|>", "<|odd|>", "<|call|>"),
                ["<|end|>", "<|eot|>"], model_type="qwen3", vocab_size=32, hidden_size=16, intermediate_size=24,
                num_hidden_layers=1, head_dim=8)
     jsonl(pair / "kinds.jsonl", [dict(problem=f"{a}+3?", answer=str((a + 3) % 10), solution=f"{a}+3={a}", kind="ab"[a % 2])
@@ -196,7 +191,8 @@ def pieces(text, names):
 
 WRITTEN = [     # pieces of the student `rich`; the stop token, where there is one, stands last
     "1 23 + 3 <|end|>", "= 4 = Ã © <|eot|>", "3 3 3 1 2", "<|end|>", "7 <|think|> 8 <|odd|> 9 <|eot|>", "7 Ã", "7 8 Ã <|end|>",
-    "Ġ 56 Ġ Ġ 1 2 <|end|>", "5 6 ; 3 1 23 3 + <|end|>", "Ã © Ã © =", "1 2 <|think|>", "7 Ã 8 <|end|>", "+ 1 " * 20 + "<|end|>"]
+    "Ġ 56 Ġ Ġ 1 2 <|end|>", "5 6 ; 3 1 23 3 + <|end|>", "Ã © Ã © =", "1 2 <|think|>", "7 Ã 8 <|end|>", "+ 1 " * 20 + "<|end|>",
+    "7 <|call|> 8 <|end|>"]      # the teacher would stop at the second
 
 
 @pytest.fixture(scope="session")
@@ -254,7 +250,7 @@ def test_every_rule_equals_one_response_at_a_time(read_world, mode, sizes):
     """fails if: rows, chunks or cuts of a neighbour are taken, a stop token is text or one of two, the entropy
     is the first token's, a cut tail is scored, or the temperature or the padding rows reach one side only"""
     max_tokens, chunk_rows, temperature = sizes
-    scores, rollout = crossed(read_world, None, mode, "reverse_kl", max_tokens, chunk_rows, temperature)
+    scores, _ = crossed(read_world, None, mode, "reverse_kl", max_tokens, chunk_rows, temperature)
     crossing, parts = scores.crossing, expected(read_world, None, mode, temperature)
     exact(crossing.student_N, joined(parts, "b"))
     exact(scores.logp_N - crossing.student_N, joined(parts, "a"))
@@ -312,7 +308,7 @@ def test_order_and_sizes_do_not_matter(read_world, mode):
 def test_a_teacher_that_can_read_nothing_is_no_error(read_world, divergence):
     """fails if: an empty table of states is indexed, or a chunk's number counts chunks that are not there"""
     for some in ([11], [12], [11, 12], [9]):        # two that cannot be read, one of which nothing is scored
-        scores, rollout = crossed(read_world, some[:2], divergence=divergence)
+        scores, _ = crossed(read_world, some, divergence=divergence)
         part, rows = scores.parts[0], len(scores.logp_N)
         assert part.hidden_nE[part.place_N].shape == (rows, 24)
         if some != [9]:
