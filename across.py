@@ -90,7 +90,8 @@ class Crossing:
         kept = [b for b in prompts if b in self.readings and self.readings[b].ids]
         responses = [self.readings[b].ids for b in kept]
         ids_m = torch.tensor([i for ids in responses for i in ids], dtype=torch.int64, device=self.device)
-        end_m = torch.tensor([j + 1 == len(ids) for ids in responses for j in range(len(ids))], dtype=torch.bool, device=self.device)
+        end_m = torch.zeros_like(ids_m, dtype=torch.bool)
+        end_m[torch.tensor([len(ids) for ids in responses], dtype=torch.int64, device=self.device).cumsum(0) - 1] = True
         chunk_n, chunk_m, cuts = self.joined(prompts)
         count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_tensor([-1])]).max()) + 1
         head_VE = model.head_weight()[:bridge.teacher.vocab_size].to(model.compute_dtype)

@@ -155,8 +155,8 @@ def find_bridge(cfg, student: Tokenizer, folder: Path, stop_ids: tuple[int, ...]
                         f"policy_gradient, or a divergence over the vocabulary")
     if student.vocab() != theirs.vocab() and cfg.chunk_credit == "chunk" and cfg.discount and (
             cfg.divergence == "policy_gradient" and cfg.advantage == "opd"):
-        raise UserError(f"--discount {cfg.discount:g} adds up the credit of later tokens, and --chunk_credit chunk gives "
-                        f"all of a chunk's to each of its tokens; use --chunk_credit prefix")
+        raise UserError(f"--discount {cfg.discount:g} adds up the credit of later tokens, and --chunk_credit chunk "
+                        f"gives all of a chunk's to each of its tokens; use --chunk_credit prefix")
     return Bridge(student, theirs if student.vocab() == theirs.vocab() else Tokenizer(folder))
 
 

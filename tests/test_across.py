@@ -59,16 +59,18 @@ def world(pair):
     checkpoint(pair / "foreign", 3, odd, MERGES, theirs, ["</s>"], TEMPLATE, context=48, **FOREIGN)
     checkpoint(pair / "two", 4, odd + "ĠÃ©", (*MERGES, "Ã ©"), theirs, ["</s>", "<|call|>"], TEMPLATE,
                context=32, **FOREIGN)
-    checkpoint(pair / "rich", 5, CHARACTERS + "ĠÃ©", ("2 3", "5 6"), ("<|end|>", "<|eot|>", "<|think|>", "<|odd|>", "<|call|>"),
+    checkpoint(pair / "rich", 5, CHARACTERS + "ĠÃ©", ("2 3", "5 6"),
+               ("<|end|>", "<|eot|>", "<|think|>", "<|odd|>", "<|call|>"),
                ["<|end|>", "<|eot|>"], model_type="qwen3", vocab_size=32, hidden_size=16, intermediate_size=24,
                num_hidden_layers=1, head_dim=8)
-    jsonl(pair / "kinds.jsonl", [dict(problem=f"{a}+3?", answer=str((a + 3) % 10), solution=f"{a}+3={a}", kind="ab"[a % 2])
-                                 for a in range(10)])
+    jsonl(pair / "kinds.jsonl", [dict(problem=f"{a}+3?", answer=str((a + 3) % 10), solution=f"{a}+3={a}",
+                                      kind="ab"[a % 2]) for a in range(10)])
     return pair
 
 
 def exact(a, b):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=0, atol=1e-9)
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
 # The reference.
@@ -84,7 +86,8 @@ def forward(model, vocab, prompt, ids, temperature=1.0):
 def spelled(text):
     """id -> bytes of ordinary tokens, id -> content of control tokens. é is the only character of two bytes."""
     byte = {"Ġ": b" ", "Ã": b"\xc3", "©": b"\xa9"}
-    plain = {i: b"".join(byte.get(c, c.encode()) for c in piece) for piece, i in text.vocab().items() if piece[0] != "<"}
+    plain = {i: b"".join(byte.get(c, c.encode()) for c in piece)
+             for piece, i in text.vocab().items() if piece[0] != "<"}
     return plain, {i: piece for piece, i in text.vocab().items() if i not in plain}
 
 
@@ -113,7 +116,8 @@ def cut(mine, theirs, response, finished):
         their_at = list(accumulate([len(their_plain[j]) for j in new], initial=0))
         common = sorted(set(mine_at) & set(their_at))
         found = [([i for i, at in zip(places, mine_at) if a <= at < b],
-                  [j + len(ids) for j, at in enumerate(their_at[:-1]) if a <= at < b]) for a, b in zip(common, common[1:])]
+                  [j + len(ids) for j, at in enumerate(their_at[:-1]) if a <= at < b])
+                 for a, b in zip(common, common[1:])]
         chunks += found[:-1] if last and not (finished and whole) else found
         ids += new
     if finished:
@@ -164,8 +168,9 @@ def naive(student, teacher, mine, theirs, asked, seen, response, finished, mode=
     out.white = [plain.get(i, b"x").isspace() for i in response]
     for ours, others in out.chunks:
         is_text = response[ours[0]] in plain
-        a = advantages(mode, [event[i] for i in ours], [q[j] for j in others], is_text and [plain[response[i]] for i in ours],
-                       is_text and [their_plain[ids[j]] for j in others], [logp[j].tolist() for j in others], their_plain)
+        spell = [[plain[response[i]] for i in ours], [their_plain[ids[j]] for j in others]] if is_text else [None, None]
+        a = advantages(mode, [event[i] for i in ours], [q[j] for j in others], *spell,
+                       [logp[j].tolist() for j in others], their_plain)
         out.total += sum(q[j] for j in others) - sum(event[i] for i in ours)
         out.last[ours[-1]] = hidden[others[-1]]
         out.before[ours[-1]] = (sum(b[i] for i in ours[:-1]), sum(q[j] for j in others[:-1]))
@@ -190,9 +195,10 @@ def pieces(text, names):
 
 
 WRITTEN = [     # pieces of the student `rich`; the stop token, where there is one, stands last
-    "1 23 + 3 <|end|>", "= 4 = Ã © <|eot|>", "3 3 3 1 2", "<|end|>", "7 <|think|> 8 <|odd|> 9 <|eot|>", "7 Ã", "7 8 Ã <|end|>",
-    "Ġ 56 Ġ Ġ 1 2 <|end|>", "5 6 ; 3 1 23 3 + <|end|>", "Ã © Ã © =", "1 2 <|think|>", "7 Ã 8 <|end|>", "+ 1 " * 20 + "<|end|>",
-    "7 <|call|> 8 <|end|>"]      # the teacher would stop at the second
+    "1 23 + 3 <|end|>", "= 4 = Ã © <|eot|>", "3 3 3 1 2", "<|end|>", "7 <|think|> 8 <|odd|> 9 <|eot|>", "7 Ã",
+    "7 8 Ã <|end|>",
+    "Ġ 56 Ġ Ġ 1 2 <|end|>", "5 6 ; 3 1 23 3 + <|end|>", "Ã © Ã © =", "1 2 <|think|>", "7 Ã 8 <|end|>",
+    "+ 1 " * 20 + "<|end|>", "7 <|call|> 8 <|end|>"]      # the teacher would stop at the second
 
 
 @pytest.fixture(scope="session")
@@ -202,7 +208,8 @@ def read_world(world):
     student, teacher = (load_model(world / name, dtype=torch.float64) for name in ("rich", "two"))
     rng = np.random.default_rng(0)
     responses = [pieces(mine, names) for names in WRITTEN]
-    responses += [[*rng.integers(0, 18, rng.integers(1, 12)).tolist(), *([mine.stop_ids[k % 2]] * (k % 3 > 0))] for k in range(9)]
+    responses += [[*rng.integers(0, 18, rng.integers(1, 12)).tolist(), *([mine.stop_ids[k % 2]] * (k % 3 > 0))]
+                  for k in range(9)]
     finished = [response[-1] in mine.stop_ids for response in responses]
     asked = [rng.integers(0, 17, rng.integers(1, 6)).tolist() for _ in responses]
     seen = [rng.integers(0, 17, rng.integers(1, 9)).tolist() for _ in responses]
@@ -214,14 +221,14 @@ def crossed(w, order=None, mode="chunk", divergence="reverse_kl", max_tokens=163
             shift_teacher=None, **flags):
     """(scores, rollout) of these sequences in this order."""
     order = list(range(len(w.responses))) if order is None else order
-    rollout = from_responses([w.asked[b] for b in order], [w.responses[b] for b in order], [w.finished[b] for b in order], "cpu")
+    rollout = from_responses(*([side[b] for b in order] for side in (w.asked, w.responses, w.finished)), "cpu")
     p = [forward(w.student, w.mine.vocab_size, w.asked[b], w.responses[b], temperature)[1] for b in order]
     rollout = replace(rollout, logp_BT=rollout.logp_BT.double())
     rollout.logp_BT[rollout.mask_BT] = torch.cat([sampled(p_NV, w.responses[b]) for p_NV, b in zip(p, order)])
     stop_N = torch.cat([p_NV[:, list(w.mine.stop_ids)].logsumexp(-1) for p_NV in p])
     sizes = dict(temperature=temperature, max_tokens=max_tokens, chunk_rows=chunk_rows)
-    crossing = Crossing([Bridge(w.mine, w.theirs)], rollout, AcrossArgs(chunk_credit=mode, **flags), divergence=divergence,
-                        stop_N=stop_N, **sizes)
+    crossing = Crossing([Bridge(w.mine, w.theirs)], rollout, AcrossArgs(chunk_credit=mode, **flags),
+                        divergence=divergence, stop_N=stop_N, **sizes)
     scores = score([shift_teacher or w.teacher], rollout, torch.zeros(len(order), dtype=torch.int64),
                    vocab_size=w.mine.vocab_size, prompts=[w.seen[b] for b in order], crossing=crossing, **sizes)
     return scores, rollout
@@ -403,12 +410,12 @@ def test_losses_of_two_vocabularies(name, chunk_rows):
     z_NV, y_NV = two_sides()
     before = torch.tensor([[-0.3, 0.0, -2.0, -1.0, 0.0], [-0.5, -1.5, 0.0, -0.1, 0.0]], dtype=torch.float64)
     scale_N = torch.linspace(0.5, 1, 5, dtype=torch.float64)
-    hidden, eye, head_grad = z_NV.clone().requires_grad_(), torch.eye(9, dtype=torch.float64), torch.zeros(9, 9).double()
+    hidden, eye, head_grad = z_NV.clone().requires_grad_(), torch.eye(9).double(), torch.zeros(9, 9).double()
     batch = dict(token_N=torch.tensor([0, 8, 3, 1, 2]), student_before_N=before[0], teacher_before_N=before[1])
     divergence = DIVERGENCES["topk_reverse_kl" if "topk" in name else name]
-    loss_N, seen = chunked_backward(hidden, eye, head_grad, batch, scale_N, divergence, LossArgs(**flags), temperature=1.0,
-                                    chunk_rows=chunk_rows, teacher_hidden_NE=y_NV, teacher_head_VE=torch.eye(12).double(),
-                                    shared=SHARED, diagnose=True)
+    loss_N, seen = chunked_backward(hidden, eye, head_grad, batch, scale_N, divergence, LossArgs(**flags),
+                                    temperature=1.0, chunk_rows=chunk_rows, teacher_hidden_NE=y_NV,
+                                    teacher_head_VE=torch.eye(12).double(), shared=SHARED, diagnose=True)
     for n in range(5):
         z, y, b = z_NV[n].numpy(), y_NV[n].numpy(), before[:, n].numpy()
         assert loss_N[n].item() == pytest.approx(by_hand(z, y, b), abs=1e-12)
@@ -423,8 +430,8 @@ def test_losses_of_two_vocabularies(name, chunk_rows):
 def test_one_vocabulary_is_shared_whole():
     """fails if: no token stands alone and an empty rest is sorted"""
     z_NV, ids, zero = next(two_sides()), torch.arange(9), torch.zeros(5).double()
-    rows = Rows(z_NV.log_softmax(-1), torch.zeros(5, dtype=torch.int64), z_NV.flip(0).log_softmax(-1), shared=(ids, ids),
-                student_before_N=zero, teacher_before_N=zero)
+    rows = Rows(z_NV.log_softmax(-1), torch.zeros(5, dtype=torch.int64), z_NV.flip(0).log_softmax(-1),
+                shared=(ids, ids), student_before_N=zero, teacher_before_N=zero)
     exact(DIVERGENCES["gold"](rows, LossArgs()), DIVERGENCES["jsd"](rows, LossArgs()))
     exact(on_shared(rows).student_NV, rows.student_NV)
 
