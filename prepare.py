@@ -153,6 +153,10 @@ def find_bridge(cfg, student: Tokenizer, folder: Path, stop_ids: tuple[int, ...]
         what = f"weight {cfg.weight}" if cfg.weight == "tip" else f"divergence {cfg.divergence}"
         raise UserError(f"{what} needs a teacher with the student's tokenizer, and {folder} has another one; use "
                         f"policy_gradient, or a divergence over the vocabulary")
+    if student.vocab() != theirs.vocab() and cfg.chunk_credit == "chunk" and cfg.discount and (
+            cfg.divergence == "policy_gradient" and cfg.advantage == "opd"):
+        raise UserError(f"--discount {cfg.discount:g} adds up the credit of later tokens, and --chunk_credit chunk "
+                        f"gives all of a chunk's to each of its tokens; use --chunk_credit prefix")
     return Bridge(student, theirs if student.vocab() == theirs.vocab() else Tokenizer(folder))
 
 

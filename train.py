@@ -209,7 +209,7 @@ def check(cfg: Config) -> None:
                          (0, ("slots", "micro_batch_tokens", "lora_rank", "warmup_steps", "chunk_rows", "eval_every", "eval_max_new_tokens",
                               "eval_limit", "seed", "threads", "weight_decay", "eval_temperature", "clip", "entry_clip",
                               "token_clip", "cold_start_steps", "pts_weight", "skip_first", "loss_first_n", "fire_alpha",
-                              "fire_beta"))):
+                              "fire_beta", "chunk_clamp", "max_chunk"))):
         for name in names:
             if not getattr(cfg, name) >= least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
@@ -235,7 +235,8 @@ def check(cfg: Config) -> None:
         (cfg.lmbda == 1 or cfg.divergence not in losses.ON_SAMPLES_ONLY,
          f"{cfg.divergence} is only right on the student's own samples: keep --lmbda 1"),
         *((0 <= getattr(cfg, name) <= 1, f"--{name} is a share between 0 and 1")
-          for name in ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy")),
+          for name in ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy", "min_coverage",
+                       "max_dropped")),
         (0 < cfg.reopold_share < 1, "--reopold_share must lie strictly between 0 and 1"),
         (cfg.scope_temperature > 0, "--scope_temperature must be above 0"),
         (cfg.divergence != "cross_entropy" or cfg.lmbda < 1,
