@@ -7,6 +7,7 @@ import ctypes
 
 import torch
 
+import parallel
 from model import ModelConfig, Transformer
 
 
@@ -60,7 +61,8 @@ def peak(plan: dict[str, int]) -> int:
 
 
 def print_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int, device, dtype) -> None:
-    plan = memory_plan(cfg, student, teachers, prompt, vocab_size, auto_chunk(cfg, vocab_size, device), dtype)
+    plan = parallel.per_process(memory_plan(cfg, student, teachers, prompt, vocab_size,
+                                            auto_chunk(cfg, vocab_size, device), dtype))
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.items() if size)
     total = peak(plan)
     print(f"memory  about {size_text(total)} at the peak: {parts}")

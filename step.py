@@ -20,6 +20,7 @@ from torch import Tensor
 
 import credit
 import losses
+import parallel
 from checkpoint import RunFolder, write_text
 from credit import ADVANTAGES, WEIGHTS
 from data import SHOWN_SOLUTION, degenerate, pick, pick_mixed, privileged_prompt
@@ -254,6 +255,6 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
         if not kept:
             raise UserError("no response of the teacher passed the filter (finished, no repetition, right "
                             "answer); raise --max_new_tokens or leave out --cold_start_steps and --pts_weight")
-        write_text(path, json.dumps(kept))
+        parallel.on_first(write_text, path, json.dumps(kept))
         print(f"teacher wrote {sum(map(len, kept.values()))} usable responses to {len(kept)} problems")
     return {int(i): responses for i, responses in json.loads(path.read_text()).items()}

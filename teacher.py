@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import parallel
 from losses import Rows, diagnostics, upcast
 from model import Transformer
 from rollout import Rollout
@@ -65,7 +66,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
         sequence_b = (teacher_B == number).nonzero().squeeze(1)
         if not len(sequence_b):
             continue
-        mine_N = teacher_B[sequence_N] == number
+        mine_N = (teacher_B[sequence_N] == number) & parallel.owned(sequence_N)
         place_N = torch.where(mine_N, mine_N.cumsum(0) - 1, -1)
         head_VE = model.head_weight()[:vocab_size].to(model.compute_dtype)
         hidden_nE = torch.empty(int(mine_N.sum()), model.config.hidden_size, dtype=model.compute_dtype, device=device)
@@ -78,7 +79,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
             logp_N[at] = logp_NV.gather(1, token_N[at, None]).squeeze(1)
             entropy_N[at] = -(logp_NV.exp() * logp_NV).sum(-1)
         parts.append(Part(sequence_b, place_N, hidden_nE, head_VE))
-    return Scores(logp_N, entropy_N, teacher_B, parts)
+    return Scores(parallel.total(logp_N), parallel.total(entropy_N), teacher_B, parts)
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_
                           for side in (mine, part))
             for name, value in diagnostics(Rows(p_NV, at, q_NV)).items():
                 out.setdefault(name, torch.zeros_like(teacher.logp_N))[at] = value
-    return out
+    return parallel.total(out)
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def update_average(average: Transformer, student: Transformer, decay: float) -> 
     """average <- decay * average + (1 - decay) * student, LoRA merged: the EMA teacher of SDFT and SDPO."""
     weights = student.weights()
     for name, parameter in average.named_parameters():
-        parameter.lerp_(weights[name].to(parameter.dtype), 1 - decay)
+        parameter.lerp_(parallel.like(weights[name], parameter).to(parameter.dtype), 1 - decay)
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer, stop_ids: tuple[int, ...] | None) -> None:
