@@ -47,7 +47,8 @@ class Group:
     rank, world, local = 0, 1, 0    # local: the rank among the processes of this machine
     mesh = None             # device type -> FSDP2's name for all processes
     store = None            # how trouble gets around when a collective cannot
-    watching = False        # is this process to end when another is in trouble?
+    watcher = None          # the thread that ends this process when another is in trouble
+    over = threading.Event()    # set: it need not look any more
 
 
 def rank() -> int:
@@ -73,27 +74,26 @@ def start() -> None:
     Group.rank, Group.world = dist.get_rank(), dist.get_world_size()
     Group.mesh = functools.cache(lambda device: init_device_mesh(device, (Group.world,)))
     Group.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    Group.watching = True
-    threading.Thread(target=watch, daemon=True).start()
+    Group.watcher = threading.Thread(target=watch, daemon=True)
+    Group.watcher.start()
     if Group.rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def watch() -> None:
     """End this process when another is in trouble: waiting in a collective it would never find out."""
-    while Group.watching:
+    while not Group.over.wait(LOOK_EVERY):
         try:
             trouble = Group.store.check([TROUBLE])
         except RuntimeError:        # the process that holds the store is gone
             trouble = True
-        if trouble and Group.watching:
+        if trouble and not Group.over.is_set():
             os._exit(2)
-        time.sleep(LOOK_EVERY)
 
 
 def alarm() -> bool:
     """End the other processes. Was this one the first to call for it?"""
-    Group.watching = False
+    Group.over.set()
     return Group.store.add(TROUBLE, 1) == 1
 
 
@@ -110,7 +110,9 @@ def stop() -> None:
     if Group.world > 1:
         import torch.distributed as dist
         wait()
-        Group.world, Group.rank, Group.watching = 1, 0, False
+        Group.world, Group.rank = 1, 0
+        Group.over.set()
+        Group.watcher.join()        # a thread inside the store when the interpreter goes would abort it
         dist.destroy_process_group()
 
 
@@ -121,15 +123,13 @@ def run(main) -> int:
         return main()
     try:
         status = main()
-        if status == 130:           # told to stop at once, and perhaps no other was; 128 + a signal stops all together
-            alarm()
     except SystemExit:              # --help and --plan
         stop()
         raise
     except BaseException:
         complain(traceback.format_exc().rstrip())
         status = 2
-    if status in (2, 130):
+    if Group.over.is_set():         # this process complained: no use in waiting for the others
         time.sleep(4 * LOOK_EVERY)  # the others see the key first, and not a connection that breaks
         os._exit(status)
     stop()

@@ -467,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         parallel.complain(f"error: {one_line(error)}")
         return 2
     except KeyboardInterrupt:       # before the loop, or the second signal in it
-        print("stopped at once; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        parallel.complain("stopped at once; the same command goes on from the last checkpoint, if there is one")
         return 130
 
 
