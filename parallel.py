@@ -296,7 +296,7 @@ def shard(*models: Transformer | None) -> None:
         for layer in model.model.layers:
             fully_shard(layer, mp_policy=policy, **settings)
         if not model.config.tie_word_embeddings:
-            fully_shard(model.lm_head, **settings)      # its forward is never called: it is gathered by head_weight alone
+            fully_shard(model.lm_head, **settings)      # its forward is never called: only head_weight gathers it
         fully_shard(model, **settings)
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -33,11 +33,11 @@ JOBS = {        # name -> flags; what it is here for
     "opd": dict(steps=3, eval_teacher=True, self_check=True),               # tied head, the gradient added by hand
     "fire": dict(recipe="fire"),                                            # a filter and a mean over the whole step
     "grpo": dict(recipe="grpo", teacher="none", verifier="number"),         # group statistics; nobody scores
-    "lora": dict(lora_rank=2, gradient_checkpointing=True, **SELF),         # adapters smaller than the group; switched off
+    "lora": dict(lora_rank=2, gradient_checkpointing=True, **SELF),         # fewer adapter rows than processes
     "multi": dict(teacher="odd={teacher},even={student}", route="kind", problems=2),    # a process without a row of one
-    "tip": dict(weight="tip", seed=3),                                      # a share of all tokens, by KL before the update
+    "tip": dict(weight="tip", seed=3),                                      # a share of all tokens, chosen by their KL
     "exopd": dict(recipe="exopd", student="{teacher}", teacher="{student}", reference="{teacher}", updates=2,
-                  micro_batch_tokens=12),                                   # untied head, a third model, many micro-batches
+                  micro_batch_tokens=12),                                   # untied head, a third model, small batches
     "gkd": dict(recipe="gkd", lmbda=0.0, responses="teacher"),              # the teacher writes
 }
 FOUR = ("fire", "grpo", "lora")     # those that are run with 4 processes too
@@ -47,11 +47,11 @@ def arguments(folder: Path, world: int, name: str, flags: dict) -> list[str]:
     paths = {side: str(folder / side) for side in ("student", "teacher")}
     files = dict(paths, data=folder / "train.jsonl", eval_data=folder / "test.jsonl", runs=folder / f"runs{world}",
                  name=name, eval_teacher=False)
-    given = {key: value.format(**paths) if isinstance(value, str) and key in ("student", "teacher", "reference") else value
-             for key, value in {**COMMON, **files, **flags}.items()}
+    given = {**COMMON, **files, **flags}
+    given |= {side: given[side].format(**paths) for side in ("student", "teacher", "reference") if side in given}
     recipe = ["--recipe", given.pop("recipe")] if "recipe" in given else []
-    return recipe + [part for key, value in given.items() for part in
-                     ([f"--{key}" if value else f"--no-{key}"] if isinstance(value, bool) else [f"--{key}", str(value)])]
+    return recipe + [f"--no-{key}" if value is False else f"--{key}" if value is True else f"--{key}={value}"
+                     for key, value in given.items()]
 
 
 def one_run(folder: Path, world: int, name: str, flags: dict, before_step=None) -> int:
@@ -109,8 +109,9 @@ from conftest import write_checkpoint  # noqa: E402
 
 
 def torchrun(folder: Path, world: int) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), __file__, folder]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__, folder]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +119,12 @@ def runs(tmp_path_factory):
     """The folder of all runs, and what torchrun printed with 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("parallel")
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    write_checkpoint(folder / "student", 0, model_type="qwen3", vocab_size=24, head_dim=8, tie_word_embeddings=True, **small)
+    tied = dict(model_type="qwen3", vocab_size=24, head_dim=8, tie_word_embeddings=True)
+    write_checkpoint(folder / "student", 0, **tied, **small)
     write_checkpoint(folder / "teacher", 1, model_type="llama", vocab_size=30, **small)
     for name, number in (("train", 9), ("test", 5)):
-        records = [{"problem": f"{a}+3" + "?" * (1 + a % 3), "answer": "3", "solution": f"{a}+3", "kind": ("even", "odd")[a % 2]}
-                   for a in range(number)]
+        records = [{"problem": f"{a}+3" + "?" * (1 + a % 3), "answer": "3", "solution": f"{a}+3",
+                    "kind": ("even", "odd")[a % 2]} for a in range(number)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for name, flags in JOBS.items():
         assert one_run(folder, 1, name, flags) == 0, name
@@ -216,11 +218,11 @@ def test_gathered_weights_are_made_one_at_a_time():
     assert isinstance(weights, Mapping) and list(weights) == ["a", "b"] and weights["a"].sum() == 2
 
 
-@pytest.mark.parametrize("flags, words", [(dict(device="mps"), "--device mps"), (dict(device="cuda"), "more processes than")])
-def test_what_processes_cannot_do_is_refused(monkeypatch, flags, words):
+@pytest.mark.parametrize("device, words", [("mps", "--device mps"), ("cuda", "more processes than")])
+def test_what_processes_cannot_do_is_refused(monkeypatch, device, words):
     monkeypatch.setattr(parallel.Group, "world", 2)
     monkeypatch.setattr(parallel.Group, "local", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=words):
-        parallel.check(SimpleNamespace(**flags))
+        parallel.check(SimpleNamespace(device=device))
