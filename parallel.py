@@ -173,15 +173,28 @@ def gather(part) -> list:
     return parts
 
 
-def total(parts):
-    """The sum over processes of a tensor, or of each tensor of a dict: rows that one process filled in and the others
-    left at 0 are then known to all, exactly."""
+def joined(value, mine_N: Tensor):
+    """A tensor (N, ...), or a dict of them, with every row from the process to which it belongs: here those of
+    mine_N."""
     if Group.world == 1:
-        return parts
+        return value
+    if isinstance(value, dict):
+        return {name: joined(tensor, mine_N) for name, tensor in value.items()}
     import torch.distributed as dist
-    for tensor in parts.values() if isinstance(parts, dict) else [parts]:
-        dist.all_reduce(tensor)
-    return parts
+    value = value.clone()
+    value[~mine_N] = 0          # whatever stands there, NaN too: one number and zeros sum to that number
+    dist.all_reduce(value)
+    return value
+
+
+def spread(parts: list[Tensor], place_N: Tensor) -> Tensor:
+    """(N,): the concatenated parts, whose entry place_N[n] belongs to row n; -1 = another process has it."""
+    if Group.world == 1:
+        return torch.cat(parts)
+    mine_N = place_N >= 0
+    out_N = torch.zeros(len(place_N), device=place_N.device, dtype=parts[0].dtype if parts else torch.float32)
+    out_N[mine_N] = torch.cat(parts)[place_N[mine_N]] if parts else 0.0
+    return joined(out_N, mine_N)
 
 
 def same(tensor: Tensor | None) -> Tensor | None:

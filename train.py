@@ -29,13 +29,14 @@ from tqdm import tqdm
 
 import losses
 import parallel
+from across import AcrossArgs
 from checkpoint import RunFolder, trainable
 from credit import ADVANTAGES, WEIGHTS, CreditArgs
 from eval import Parser, evaluate, metrics_of
 from losses import DIVERGENCES, LossArgs, opt
 from memory import give_back_freed_memory
 from prepare import Setup, needs, parse_teachers, set_up
-from report import report, self_check
+from report import check_tokenizers, report, self_check
 from step import Clock, teacher_responses, train_step
 from tokenizer import UserError, one_line
 
@@ -43,7 +44,7 @@ TOY = Path(__file__).resolve().parent / "toy"
 
 
 @dataclass(frozen=True)
-class Config(CreditArgs, LossArgs):
+class Config(AcrossArgs, CreditArgs, LossArgs):
     recipe: str = opt("opd", "a row of RECIPES; the flags that follow override it")
     # models
     student: str = opt(str(TOY / "student"), "the model that learns: a checkpoint folder or a hub id")
@@ -149,6 +150,7 @@ RECIPES = {     # name -> overrides of Config; the paper beside it
     "fire": dict(weight="fire", reduction="sequence", **PG),    # FiRe-OPD 2606.02684, eqs. 4-9
     "multi": dict(teacher=f"low={TOY / 'teacher_low'},high={TOY / 'teacher_high'}", route="kind",
                   data=str(TOY / "mixed_train.jsonl"), eval_data=str(TOY / "mixed_test.jsonl")),      # FiRe-OPD 2606.02684, routing
+    "xtok": dict(teacher=str(TOY / "teacher_sp"), **PG),        # DPCA 2606.09456; credit of whole chunks: ours
     "opsd": dict(privileged="solution", divergence="forward_kl", entry_clip=0.05, **SELF),      # OPSD 2601.18734 v3, eq. 8, 3.2
     "sdft": dict(privileged="solution", self_teacher="ema", skip_first=3, **SELF),              # SDFT 2601.19897
     "sdpo": dict(privileged="sibling", self_teacher="ema", ema=0.95, divergence="topk_reverse_kl", topk_form="tail",
@@ -269,12 +271,12 @@ def test_teachers(cfg: Config, run: Setup) -> dict | None:
     """Held-out metrics of the teacher; of several, each on the problems routed to it (None: no problem names
     one)."""
     if len(run.teachers) == 1:
-        return test(cfg, run, run.teachers[0], "teacher")[0]
+        return test(cfg, run, run.teachers[0], "teacher", run.bridges[0])[0]
     samples: list[dict] = []
-    for tag, model in zip(parse_teachers(cfg), run.teachers):
+    for tag, model, bridge in zip(parse_teachers(cfg), run.teachers, run.bridges):
         part = replace(run, held_out=[p for p in run.held_out if p.fields.get(cfg.route) == tag])
         if part.held_out:
-            samples += test(cfg, part, model, f"teacher {tag}")[1]
+            samples += test(cfg, part, model, f"teacher {tag}", bridge)[1]
     return metrics_of(samples, cfg.eval_k, cfg.verifier) if samples else None
 
 
@@ -326,11 +328,13 @@ def trackers(cfg: Config, folder: RunFolder) -> list:
     return found
 
 
-def test(cfg: Config, run: Setup, model, label: str) -> tuple[dict, list[dict]]:
-    """Held-out metrics and answers of a model. The same seed every time, so that curves share their noise."""
-    return evaluate(model, run.tokenizer, run.held_out, k=cfg.eval_k, temperature=cfg.eval_temperature,
+def test(cfg: Config, run: Setup, model, label: str, bridge=None) -> tuple[dict, list[dict]]:
+    """Held-out metrics and answers of a model (a teacher with another tokenizer has a bridge). The same seed
+    every time, so that curves share their noise."""
+    return evaluate(model, bridge.teacher if bridge else run.tokenizer, run.held_out, k=cfg.eval_k, temperature=cfg.eval_temperature,
                     max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, seed=10**9 + cfg.seed,
-                    verifier=cfg.verifier, slots=cfg.slots, progress=label, variables=run.variables)
+                    verifier=cfg.verifier, slots=cfg.slots, progress=label,
+                    variables=run.teacher_variables if bridge else run.variables)
 
 
 def test_line(label: str, cfg: Config, metrics: dict) -> str:
@@ -362,6 +366,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
     else:
         if cfg.self_check:
             self_check(cfg, run)
+        check_tokenizers(cfg, run)
         before, samples = test(cfg, run, run.actor, "student before")
         folder.write_samples(0, samples)
         print(test_line("before ", cfg, before))

@@ -675,7 +675,7 @@ RECIPE_NEEDS = {
     "sdpo": "teacher reward group", "sg": "teacher reward group reference", "exopd": "teacher reference",
     "opdvr": "teacher reward", "kdrl": "teacher reward group", "uni": "teacher reward group",
     "rlsd": "teacher reward group", "scope": "teacher reward group", "eopd": "teacher", "tip": "teacher kl",
-    "reopold": "teacher"}
+    "reopold": "teacher", "xtok": "teacher"}
 
 
 @pytest.mark.parametrize("recipe", list(train.RECIPES))

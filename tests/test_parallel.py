@@ -38,6 +38,7 @@ JOBS = {        # name -> flags; what it is here for
     "tip": dict(weight="tip", seed=3),                                      # a share of all tokens, chosen by their KL
     "exopd": dict(recipe="exopd", student="{teacher}", teacher="{student}", reference="{teacher}", updates=2,
                   micro_batch_tokens=12),                                   # untied head, a third model, small batches
+    "across": dict(align="always", divergence="gold", stop_ids="17,3", min_coverage=0.0),       # read by its bytes
     "gkd": dict(recipe="gkd", lmbda=0.0, responses="teacher"),              # the teacher writes
 }
 FOUR = ("fire", "grpo", "lora")     # those that are run with 4 processes too
@@ -109,7 +110,8 @@ from conftest import write_checkpoint  # noqa: E402
 
 
 def torchrun(folder: Path, world: int) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__, folder]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__,
+               str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -205,7 +207,7 @@ def test_only_the_first_process_prints(runs):
 def test_the_only_process_gets_back_what_it_gave():
     tensor = torch.zeros(3)
     assert parallel.world() == 1 and parallel.rank() == 0 and parallel.largest(7) == 7 and parallel.gather("x") == ["x"]
-    for function in (parallel.total, parallel.same, parallel.whole, lambda x: parallel.like(x, tensor)):
+    for function in (parallel.same, parallel.whole, lambda x: parallel.like(x, tensor), lambda x: parallel.joined(x, x > 0)):
         assert function(tensor) is tensor
     assert parallel.owned(torch.arange(5)).all()
 
