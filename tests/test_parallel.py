@@ -25,7 +25,7 @@ import step
 import train
 from tokenizer import UserError
 
-COMMON = dict(problems=3, samples=2, max_new_tokens=6, steps=2, lr=3e-4, warmup_steps=0, eval_k=2, eval_every=0,
+COMMON = dict(problems=3, samples=2, max_new_tokens=6, steps=2, lr=1e-4, warmup_steps=0, eval_k=2, eval_every=0,
               device="cpu", save_every=1)
 SELF = dict(teacher="self", teacher_prompt="{solution}|{problem}", privileged="solution")
 RESUMED = dict(recipe="sdft", skip_first=1, ema=0.5, steps=3, **SELF)   # its checkpoint holds a running average too
@@ -210,6 +210,17 @@ def test_the_only_process_gets_back_what_it_gave():
     for function in (parallel.same, parallel.whole, lambda x: parallel.like(x, tensor), lambda x: parallel.joined(x, x > 0)):
         assert function(tensor) is tensor
     assert parallel.owned(torch.arange(5)).all()
+
+
+def test_a_process_that_waits_ends_when_another_is_in_trouble(monkeypatch):
+    def leave(status):
+        raise SystemExit(status)
+    monkeypatch.setattr(parallel, "LOOK_EVERY", 0)
+    monkeypatch.setattr(parallel.os, "_exit", leave)
+    for found in (lambda keys: True, lambda keys: torch.zeros(1).view(2)):      # the key is there; the store is not
+        monkeypatch.setattr(parallel.Group, "store", SimpleNamespace(check=found))
+        with pytest.raises(SystemExit, match="2"):
+            parallel.watch()
 
 
 def test_gathered_weights_are_made_one_at_a_time():
