@@ -63,11 +63,11 @@ def world() -> int:
 
 def start() -> None:
     """Join the processes that torchrun started (its environment says how many). All but the first fall silent."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":    # schedulers set WORLD_SIZE alone, too
         return
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    Group.local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    Group.local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if cuda and Group.local < torch.cuda.device_count():
         torch.cuda.set_device(Group.local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
