@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import parallel
 from align import CREDIT, Bridge, Reading, chunk_sums, credit, prefix_scores, slice_mass
 from losses import opt
 from model import Transformer
@@ -100,6 +101,7 @@ class Crossing:
             theirs = from_responses([prompts[b] for b in kept], responses, [True] * len(kept), self.device)
             all_b, all_m = (torch.arange(n, device=self.device) for n in (len(kept), len(ids_m)))
             hidden_mE = states(model, theirs, all_b, all_m, self.max_tokens)
+            hidden_mE = parallel.joined(hidden_mE, parallel.owned(all_b.repeat_interleave(theirs.length_B)))
         teacher_m, entropy_m, mass = self.teacher_rows(bridge, hidden_mE, head_VE, ids_m, end_m & (chunk_m >= 0), cuts)
         effective_n = self.share_out(bridge, rows, chunk_n, chunk_m, teacher_m, cuts, mass)
         place_N = torch.full_like(self.token_N, -1)

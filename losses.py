@@ -430,7 +430,7 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
                 return loss_N.detach(), {}
             return loss_N.detach(), diagnostics(rows if shared is None else on_shared(rows))
 
-    chunks = [one_chunk(slice(start, start + chunk_rows)) for start in range(0, len(states_ND), chunk_rows)]
+    chunks = [one_chunk(slice(start, start + chunk_rows)) for start in range(0, max(1, len(states_ND)), chunk_rows)]
     hidden_ND.backward(grad_ND)
     return (torch.cat([loss_N for loss_N, _ in chunks]),
             {name: torch.cat([per_row[name] for _, per_row in chunks]) for name in chunks[0][1]})

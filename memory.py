@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+import parallel
 from model import ModelConfig, Transformer
 
 # (chunk_rows, V) float32 tensors that are alive at once inside losses.chunked_backward, both sides' logits
@@ -78,11 +79,12 @@ def peak(plan: dict[str, int]) -> int:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the whole device; of the machine for a CPU. Not what is free: the sizes chosen from it decide in
+    """Bytes of the whole device; of the machine, shared by the processes, for a CPU. Not what is free: the sizes chosen from it decide in
     which order sums are taken, and a resumed run has to take them in the same order."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    return whole // parallel.world()
 
 
 def fit(cfg, *plan_args, device: torch.device):
@@ -97,14 +99,14 @@ def fit(cfg, *plan_args, device: torch.device):
             # the other one, not chosen yet, as small as it gets
             trial = replace(cfg, **{name: size}, **({"micro_batch_tokens": 1} if name == "slots" and not cfg.micro_batch_tokens
                                                     else {}))
-            if peak(memory_plan(trial, *plan_args)) <= room:
+            if peak(parallel.per_process(memory_plan(trial, *plan_args))) <= room:
                 break
         cfg = replace(cfg, **{name: size})
     return cfg
 
 
 def print_plan(cfg, *plan_args, device: torch.device) -> None:
-    plan = memory_plan(cfg, *plan_args)
+    plan = parallel.per_process(memory_plan(cfg, *plan_args))
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.items() if size)
     total = peak(plan)
     print(f"memory  about {size_text(total)} at the peak: {parts} ({cfg.slots} slots, micro-batches of "

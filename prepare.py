@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from align import Bridge
 from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
@@ -247,8 +248,10 @@ def set_up(cfg) -> tuple:
     if cfg.lora_rank:
         student.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     student.gradient_checkpointing = cfg.gradient_checkpointing
+    parallel.shard(student)
     models, average, adapters_off = load_teachers(cfg, teachers, folder, student, dtype, device)
     reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False) if own_reference else None
+    parallel.shard(*models, reference)
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
     return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train, first,
                  held_out, prompts, shown, given, variables, teacher_variables, chunk_rows)

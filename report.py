@@ -10,6 +10,7 @@ import torch
 
 import credit
 import losses
+import parallel
 from checkpoint import trainable
 from prepare import Setup, load_other
 from rollout import Rollout
@@ -29,7 +30,7 @@ def self_check(cfg, run: Setup) -> None:
     scale_N = row_scale(s, torch.ones_like(s.student_N), cfg.reduction)
     per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, vocab_size=run.vocab_size,
                        chunk_rows=run.chunk_rows)
-    norm = torch.stack([p.grad.norm() for _, p in trainable(run.student)]).norm().item()
+    norm = torch.stack([parallel.whole(p.grad.norm()) for _, p in trainable(run.student)]).norm().item()
     kl = per_row["reverse_kl"].abs().max().item()
     gap = (scores.logp_N - s.student_N).abs().mean().item()
     # these pull towards something else than the teacher even when both agree; decoding and scoring multiply

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import credit
 import losses
+import parallel
 from across import Crossing
 from checkpoint import RunFolder, write_text
 from credit import ADVANTAGES, WEIGHTS
@@ -178,8 +179,8 @@ def cross(cfg, run: Setup, rollout: Rollout, on_policy: bool) -> Crossing | None
         rollout = replace(rollout, logp_BT=rollout.logp_BT.masked_scatter(rollout.mask_BT, own.logp_N.float()))
     if len(stops) > 1:      # to stop is one event; the sampler noted only the stop token that it drew
         (mine,) = own.parts
-        stop_N = torch.cat([logp_NV[:, stops].logsumexp(-1) for _, logp_NV in
-                            distributions(mine.hidden_nE, mine.head_VE, cfg.temperature, run.chunk_rows)])
+        stop_N = parallel.spread([logp_NV[:, stops].logsumexp(-1) for _, logp_NV in
+                                  distributions(mine.hidden_nE, mine.head_VE, cfg.temperature, run.chunk_rows)], mine.place_N)
     return Crossing(run.bridges, rollout, cfg, divergence=cfg.divergence, temperature=cfg.temperature,
                     max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, stop_N=stop_N)
 
@@ -310,6 +311,6 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
         if not kept:
             raise UserError("no response of the teacher passed the filter (finished, no repetition, right "
                             "answer); raise --max_new_tokens or leave out --cold_start_steps and --pts_weight")
-        write_text(path, json.dumps(kept))
+        parallel.on_first(write_text, path, json.dumps(kept))
         print(f"teacher wrote {sum(map(len, kept.values()))} usable responses to {len(kept)} problems")
     return {int(i): responses for i, responses in json.loads(path.read_text()).items()}

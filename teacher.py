@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import parallel
 from losses import Rows, diagnostics, on_shared, upcast
 from model import Transformer
 from rollout import Rollout
@@ -98,6 +99,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
             part, logp_N[rows], entropy_N[rows] = crossing.read(number, model, sequence_b, rows, seen)
             parts.append(part)
             continue
+        rows, sequence_b = rows[parallel.owned(sequence_N[rows])], sequence_b[parallel.owned(sequence_b)]
         place_N = torch.full_like(sequence_N, -1)
         place_N[rows] = torch.arange(len(rows), device=device)
         head_VE = model.head_weight()[:vocab_size].to(model.compute_dtype)
@@ -106,6 +108,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
             logp_N[rows[at]] = logp_NV.gather(1, token_N[rows[at], None]).squeeze(1)
             entropy_N[rows[at]] = -(logp_NV.exp() * logp_NV).sum(-1)
         parts.append(Part(sequence_b, place_N, hidden_nE, head_VE))
+    logp_N, entropy_N = (parallel.joined(x_N, parallel.owned(sequence_N)) for x_N in (logp_N, entropy_N))
     return Scores(logp_N, entropy_N, teacher_B, parts, crossing)
 
 
@@ -117,13 +120,13 @@ def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_
     out: dict[str, Tensor] = {}
     (mine,) = student.parts
     for part in teacher.parts:
-        for at in (part.place_N >= 0).nonzero().squeeze(1).split(chunk_rows):
+        for at in ((part.place_N >= 0) & (mine.place_N >= 0)).nonzero().squeeze(1).split(chunk_rows):
             p_NV, q_NV = ((upcast(side.hidden_nE[side.place_N[at]] @ side.head_VE.T) / temperature).log_softmax(-1)
                           for side in (mine, part))
             rows = Rows(p_NV, torch.zeros_like(at), q_NV, shared=part.shared)   # the token drawn plays no part
             for name, value in diagnostics(on_shared(rows) if part.shared else rows).items():
                 out.setdefault(name, torch.full_like(teacher.logp_N, torch.nan))[at] = value
-    return out
+    return parallel.joined(out, mine.place_N >= 0)
 
 
 @torch.no_grad()
@@ -131,7 +134,7 @@ def update_average(average: Transformer, student: Transformer, decay: float) -> 
     """average <- decay * average + (1 - decay) * student, LoRA merged: the EMA teacher of SDFT and SDPO."""
     weights = student.weights()
     for name, parameter in average.named_parameters():
-        parameter.lerp_(weights[name].to(parameter.dtype), 1 - decay)
+        parameter.lerp_(parallel.like(weights[name], parameter).to(parameter.dtype), 1 - decay)
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer, stop_ids: tuple[int, ...] | None) -> None:

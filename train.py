@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import losses
+import parallel
 from across import AcrossArgs
 from checkpoint import RunFolder, trainable
 from credit import ADVANTAGES, WEIGHTS, CreditArgs
@@ -301,7 +302,8 @@ def graceful_stop():
         caught.append(number)
         # not print: a handler that interrupts a print would be refused as a reentrant call, and end the run
         text = f"\n{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)\n"
-        os.write(2, text.encode())
+        if parallel.rank() == 0:
+            os.write(2, text.encode())
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
@@ -313,6 +315,8 @@ def graceful_stop():
 def trackers(cfg: Config, folder: RunFolder) -> list:
     """Functions (record, step) for the optional services, imported only when asked for."""
     found = []
+    if parallel.rank():
+        return found
     if cfg.wandb:
         import wandb
         run = wandb.init(project="opd", name=folder.path.name, config=asdict(cfg), resume="allow", id=folder.path.name)
@@ -397,14 +401,15 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
             due = cfg.eval_every and step % cfg.eval_every == 0 or step == cfg.steps
             if due:
                 evaluate_and_note(cfg, run, folder, state, track)
-            stop = bool(stopped)        # asked once: a signal between two looks would leave without saving
+            # asked once: a signal between two looks would leave without saving
+            stop = parallel.largest(stopped[0] if stopped else 0)
             if due or stop or step % cfg.save_every == 0:
                 state["seconds"] = seconds_before + time.perf_counter() - started
                 folder.save(step, run.student, run.tokenizer, optimizer, state, best=state.get("best_step") == step,
                             average=run.average)
             if stop and step < cfg.steps:
                 tqdm.write(f"stopped after step {step}; the same command goes on from there")
-                return 128 + stopped[0]
+                return 128 + stop
     finish(cfg, folder, state)
     return 0
 
@@ -449,11 +454,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg, given = parse(sys.argv[1:] if argv is None else argv)
         check(cfg)
+        parallel.check(cfg)
         path = Path(cfg.runs) / (cfg.name or run_name(cfg, given))
         lasting = {key: value for key, value in asdict(cfg).items() if key not in NOT_THE_RUN}
         look_only = cfg.plan or cfg.report_only
         if os.path.exists(path / "summary.json") and not (cfg.fresh or look_only):     # False where the path itself is impossible
-            folder = RunFolder(path, lasting)
+            folder = parallel.run_folder(RunFolder, path, lasting)
             print(f"{path} is complete; pass --fresh to run it again, or change a flag for another run")
             print(closing_line(cfg, folder, folder.summary()))
             return 0
@@ -462,14 +468,14 @@ def main(argv: list[str] | None = None) -> int:
         cfg, run = set_up(cfg)
         if cfg.report_only:
             return report(cfg, run)
-        return train(cfg, RunFolder(path, lasting, cfg.fresh), run)
+        return train(cfg, parallel.run_folder(RunFolder, path, lasting, cfg.fresh), run)
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        parallel.complain(f"error: {one_line(error)}")
         return 2
     except KeyboardInterrupt:       # before the loop, or the second signal in it
-        print("stopped at once; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        parallel.complain("stopped at once; the same command goes on from the last checkpoint, if there is one")
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(parallel.run(main))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import losses
+import parallel
 from checkpoint import trainable
 from credit import Signals
 from losses import DIVERGENCES
@@ -56,9 +57,10 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
 
     Returns `loss` and, when there is a teacher, the diagnostics, each (N,) over all rows of the step.
     """
+    scale_N, advantage_N = parallel.same(scale_N), parallel.same(advantage_N)
     for _, parameter in trainable(student):     # zeros, not None: the head's gradient is added by hand
         parameter.grad = parameter.grad if add else torch.zeros_like(parameter)
-    head = student.head_weight()
+    head = parallel.take_head(student)
     head_grad_VD = head.grad[:vocab_size] if head.requires_grad else None
     head_VD = head.detach()[:vocab_size].to(student.compute_dtype)
     per_row: dict[str, Tensor] = {}
@@ -80,7 +82,8 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
                              for name, value_n in diagnosed.items()}
             for name, value_n in {"loss": loss_n, **diagnosed}.items():
                 per_row.setdefault(name, torch.zeros_like(scale_N))[row_n] = value_n.to(scale_N.dtype)
-    return per_row
+    parallel.give_head(student, head)
+    return parallel.joined(per_row, parallel.owned(s.sequence_N))
 
 
 def update(student: Transformer, optimizer, s: Signals, scale_N: Tensor, per_row: dict[str, Tensor],
@@ -88,7 +91,7 @@ def update(student: Transformer, optimizer, s: Signals, scale_N: Tensor, per_row
     """One optimizer step on the gradient that backward() left. Returns the step's loss, the gradient norm
     before clipping and the mean diagnostics. A loss or gradient that is not finite moves nothing: skipped =
     1."""
-    grad_norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable(student)], max_grad_norm)
+    grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_([p for _, p in trainable(student)], max_grad_norm))
     loss = (per_row.pop("loss") * scale_N).sum()
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
     if finite:
