@@ -29,6 +29,7 @@ from model import KVCache, Transformer
 from tokenizer import UserError
 
 PREFILL_TOKENS = 16_384     # prompt tokens per prefill pass: bounds its activations, whatever the number of slots
+SAMPLE_ENTRIES = 2**26, 2**18       # logits per pass of the sampler, GPU and CPU: 256 MB; what stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -108,25 +109,44 @@ def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Te
     """One token per row: (token_B int64, its logp_B, entropy_B), the latter two float32 at `temperature`.
 
     Exact inverse CDF of one uniform number in [0, 1) per row, in two levels: sums over blocks of about
-    sqrt(V) entries, then inside the one block that is hit. At 152k words this is several times cheaper than a
+    sqrt(V) entries, then inside the one block that is hit. At 152k words this is many times cheaper than a
     multinomial draw. temperature 0 = argmax, logp and entropy then at temperature 1.
     """
-    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
-    p_BV = logp_BV.exp()
-    entropy_B = -(p_BV * logp_BV).sum(-1)
+    V, scale = logits_BV.shape[1], 1 / (temperature or 1.0)
+    width = max(1, int(V ** 0.5))
+    mass_BK, top_B1, mean_B1 = block_masses(logits_BV, scale, width)
+    cdf_BK = mass_BK.cumsum(-1)
+    total_B1 = cdf_BK[:, -1:]
     if temperature == 0:
-        token_B = logits_BV.argmax(-1)
+        token_B1 = logits_BV.argmax(-1, keepdim=True)
     else:
-        B, V = p_BV.shape
-        width = max(1, int(V ** 0.5))
-        blocks_BKW = torch.nn.functional.pad(p_BV, (0, -V % width)).view(B, -1, width)
-        block_cdf_BK = blocks_BKW.sum(-1).cumsum(-1)
-        target_B1 = uniform_B[:, None] * block_cdf_BK[:, -1:]
-        block_B1 = first_above(block_cdf_BK, target_B1)
-        before_B1 = torch.where(block_B1 > 0, block_cdf_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-        cdf_BW = blocks_BKW.gather(1, block_B1[..., None].expand(-1, 1, width)).squeeze(1).cumsum(-1)
-        token_B = (block_B1 * width + first_above(cdf_BW, (target_B1 - before_B1).clamp(min=0))).squeeze(1)
-    return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1), entropy_B
+        target_B1 = uniform_B[:, None] * total_B1
+        block_B1 = first_above(cdf_BK, target_B1)
+        before_B1 = torch.where(block_B1 > 0, cdf_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+        id_BW = block_B1 * width + torch.arange(width, device=logits_BV.device)
+        x_BW = logits_BV.gather(1, id_BW.clamp(max=V - 1)).float() * scale - top_B1
+        inside_cdf_BW = x_BW.exp().masked_fill(id_BW >= V, 0.0).cumsum(-1)
+        token_B1 = block_B1 * width + first_above(inside_cdf_BW, (target_B1 - before_B1).clamp(min=0))
+    logp_B1 = logits_BV.gather(1, token_B1).float() * scale - top_B1 - total_B1.log()
+    return token_B1.squeeze(1), logp_B1.squeeze(1), (total_B1.log() - mean_B1 / total_B1).squeeze(1)
+
+
+def block_masses(logits_BV: Tensor, scale: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """With x = scale * logits and p = exp(x - max x): (p summed over blocks of `width` entries, max x, the sum
+    of p (x - max x)), float32. A few rows at a time through the same two buffers: on a CPU they stay in cache,
+    and fresh memory would cost more than the arithmetic."""
+    B, V = logits_BV.shape
+    rows, whole = max(1, SAMPLE_ENTRIES[logits_BV.device.type == "cpu"] // V), V // width * width
+    scratch_2bV = torch.empty(2, min(rows, B), V, device=logits_BV.device)
+    parts = []
+    for logits_bV in logits_BV.split(rows):
+        x_bV, p_bV = scratch_2bV[:, :len(logits_bV)]
+        top_b1 = torch.mul(x_bV.copy_(logits_bV), scale, out=x_bV).amax(-1, keepdim=True)
+        torch.exp(x_bV.sub_(top_b1), out=p_bV)
+        mass_bK = p_bV[:, :whole].unflatten(1, (-1, width)).sum(-1)
+        rest_b1 = p_bV[:, whole:].sum(-1, keepdim=True)
+        parts.append((torch.cat([mass_bK, rest_b1], 1), top_b1, x_bV.mul_(p_bV).sum(-1, keepdim=True)))
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def first_above(cdf_BK: Tensor, target_B1: Tensor) -> Tensor:
