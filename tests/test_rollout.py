@@ -450,3 +450,16 @@ def test_micro_batches_hold_every_chosen_row_once(max_tokens, chosen):
         assert tokens_bt.numel() <= max_tokens or len(tokens_bt) == 1
         seen += row_n.tolist()
     assert sorted(seen) == sorted(wanted[wanted >= 0].tolist())
+
+
+def test_micro_batches_hold_little_padding():
+    """Lognormal lengths, which one group would pad by more than half.
+    fails if: micro_batches() fills every group up to max_tokens."""
+    lengths = np.random.default_rng(0).lognormal(4, 0.8, 200).clip(2, 400).astype(int).tolist()
+    texts = [torch.zeros(n - 1, dtype=torch.int64) for n in lengths]
+    zeros = [torch.zeros(n - 1) for n in lengths]
+    rollout = assemble([[1]] * 200, texts, zeros, zeros, [True] * 200, "cpu")
+    assert rollout.tokens_BT.numel() > 2 * sum(lengths)
+    groups = [tokens_bt for tokens_bt, _, _ in rollout.micro_batches(10**6)]
+    assert sum(tokens_bt.numel() for tokens_bt in groups) < 1.1 * sum(lengths) + 128 * len(groups)
+    assert len(groups) < 20
