@@ -9,10 +9,11 @@ length drawn beforehand, the same for every implementation: `equal` lengths meas
 (lognormal, mean 94, at most 256) also what becomes of a batch whose sequences end at different times. transformers
 gets the requests in batches of --batch, as a training loop would; this project and vLLM get them all and keep
 --batch of them alive. Only tokens that belong to a response count. Variants take turns; medians over --rounds.
-Ends with one JSON line: `ratio` is this project over the better of transformers' two caches.
+Ends with one JSON line: `ratio` is this project over the better of transformers' two caches; the others likewise.
 """
 import argparse
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, help="new tokens: the most (default 256), or of all (default 64)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="also this project with generate(compile=True)")
     parser.add_argument("--peers", nargs="*", default=["dynamic", "static", "vllm"])
     args = parser.parse_args()
     args.requests = args.requests or (96 if args.lengths == "ragged" else args.batch)
@@ -101,6 +103,8 @@ def main() -> None:
         prompts, lengths = workload(args, model.config.vocab_size)
         work = prompts, lengths, args.batch
         variants = {"ours": ours(model, *work)}
+        if args.compile:
+            variants["compiled"] = ours(model, *work, compile=True)
         for cache in ("dynamic", "static"):
             if cache in args.peers:
                 variants[cache] = transformers_generate(folder, dtype, device, *work, cache)
@@ -115,10 +119,10 @@ def main() -> None:
           f"{model.config.vocab_size}, {args.dtype}, batch {args.batch}")
     for name, value in rate.items():
         print(f"{name:>10}: {value:9.0f} tokens/s   {value / rate['ours']:5.2f} of ours")
-    peers = {name: rate["ours"] / rate[name] for name in rate if name != "ours"}
-    best = [peers[name] for name in ("dynamic", "static") if name in peers]
+    best = max((rate[name] for name in ("dynamic", "static") if name in rate), default=math.nan)
     print(json.dumps({"name": f"generate_{args.lengths}_{model.config.vocab_size}_{args.dtype}_{args.batch}",
-                      "ratio": round(min(best), 3) if best else None, **{k: round(v, 3) for k, v in peers.items()},
+                      "ratio": round(rate["ours"] / best, 3),
+                      **{name: round(value / best, 3) for name, value in rate.items() if name != "ours"},
                       "tokens_per_second": round(rate["ours"], 1)}))
 
 
