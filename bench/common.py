@@ -1,4 +1,4 @@
-"""What the benchmarks share: random Qwen3 checkpoints, interleaved timing, the machine's peak memory."""
+"""What the benchmarks share: random Qwen3 checkpoints, interleaved timing, peak memory."""
 import os
 import statistics
 import sys
@@ -49,3 +49,24 @@ def wait(device: torch.device) -> None:
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def resident(field: str) -> int:
+    """Bytes of this process, from the kernel: VmRSS now, VmHWM at most since reset_peak()."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(field)
+
+
+def reset_peak(device: torch.device) -> int:
+    """Forget the peak so far; return what is held now. Linux or CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
