@@ -34,7 +34,7 @@ from checkpoint import RunFolder, trainable
 from credit import ADVANTAGES, WEIGHTS, CreditArgs
 from eval import Parser, evaluate, metrics_of
 from losses import DIVERGENCES, LossArgs, opt
-from memory import give_back_freed_memory
+from memory import give_back_freed_memory, size_text, used_memory
 from prepare import Setup, needs, parse_teachers, set_up
 from report import check_tokenizers, report, self_check
 from step import Clock, teacher_responses, train_step
@@ -354,11 +354,11 @@ def example(run: Setup, samples: list[dict], step: int) -> str:
     return f"        e.g. {asked[-200:]!r} -> {sample['text'][:400]!r}  ({verdict})"
 
 
-def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
+def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) -> int:
     """The run, from wherever the folder says it stands. Returns the exit status: 0, or 128 + signal when
     stopped."""
     optimizer = torch.optim.AdamW([p for _, p in trainable(run.student)], lr=cfg.lr, betas=(0.9, 0.999),
-                                  weight_decay=cfg.weight_decay)
+                                  weight_decay=cfg.weight_decay, fused=run.student.device.type in ("cuda", "cpu"))
     started, track = time.perf_counter(), trackers(cfg, folder)
     state = folder.resume(run.student, optimizer, run.average)
     written = teacher_responses(cfg, run, folder)
@@ -368,6 +368,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
         if cfg.self_check:
             self_check(cfg, run)
         check_tokenizers(cfg, run)
+        begun = time.perf_counter()
         before, samples = test(cfg, run, run.actor, "student before")
         folder.write_samples(0, samples)
         print(test_line("before ", cfg, before))
@@ -375,8 +376,10 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
         if teacher:
             print(test_line("teacher", cfg, teacher))
         state = {"step": 0, "before": before, "teacher": teacher, "best": -1.0, "seconds": 0.0, "skipped": 0,
-                 "skipped_in_a_row": 0, "tokens": 0}
+                 "skipped_in_a_row": 0, "tokens": 0, "phases": {}}
         folder.log({"step": 0, "eval": before, "eval_teacher": teacher})
+        note_time(state, {"tokens": sum(round(m["mean_length"] * m["problems"] * cfg.eval_k) for m in (before, teacher) if m)},
+                  {"evaluation": time.perf_counter() - begun})
     seconds_before = state["seconds"]
 
     with graceful_stop() as stopped, tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=None) as bar:
@@ -386,6 +389,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
                 record = train_step(cfg, run, optimizer, state["step"], written, clock)
             step = state["step"] = state["step"] + 1
             record |= {"seconds": clock.seconds.pop("seconds"), **{f"{k}_seconds": v for k, v in clock.seconds.items()}}
+            note_time(state, record, clock.seconds)
             state["tokens"] += record["tokens"] * record["on_policy"]
             state["skipped"] += record["skipped"]
             state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * record["skipped"]
@@ -410,8 +414,25 @@ def train(cfg: Config, folder: RunFolder, run: Setup) -> int:
             if stop and step < cfg.steps:
                 tqdm.write(f"stopped after step {step}; the same command goes on from there")
                 return 128 + stop
-    finish(cfg, folder, state)
+    finish(cfg, folder, state, run.student.device, memory_before)
     return 0
+
+
+def note_time(state: dict, record: dict, seconds: dict[str, float]) -> None:
+    """Adds tokens per second of every phase to the record, and seconds and tokens to the run's sums."""
+    for phase, spent in seconds.items():
+        record[f"{phase}_tokens_per_second"] = record["tokens"] / max(spent, 1e-9)
+        before = state["phases"].get(phase, [0.0, 0])
+        state["phases"][phase] = [before[0] + spent, before[1] + record["tokens"]]
+
+
+def timings(state: dict) -> dict:
+    """phase -> seconds, its share of the run, tokens per second. `other`: loading excepted, whatever is left."""
+    phases = dict(state["phases"])
+    phases["other"] = [max(0.0, state["seconds"] - sum(spent for spent, _ in phases.values())), 0]
+    whole = sum(spent for spent, _ in phases.values())
+    return {phase: {"seconds": spent, "share": spent / max(whole, 1e-9),
+                    "tokens_per_second": tokens / max(spent, 1e-9)} for phase, (spent, tokens) in phases.items()}
 
 
 def evaluate_and_note(cfg: Config, run: Setup, folder: RunFolder, state: dict, track: list) -> None:
@@ -421,6 +442,7 @@ def evaluate_and_note(cfg: Config, run: Setup, folder: RunFolder, state: dict, t
     start = time.perf_counter()
     metrics, samples = test(cfg, run, run.actor, "evaluate")
     metrics["seconds"] = time.perf_counter() - start
+    note_time(state, {"tokens": round(metrics["mean_length"] * len(samples))}, {"evaluation": metrics["seconds"]})
     step, score_now = state["step"], metrics[f"avg@{cfg.eval_k}"]
     folder.write_samples(step, samples)
     folder.log({"step": step, "eval": metrics})
@@ -433,19 +455,23 @@ def evaluate_and_note(cfg: Config, run: Setup, folder: RunFolder, state: dict, t
     tqdm.write(example(run, samples, step))
 
 
-def finish(cfg: Config, folder: RunFolder, state: dict) -> None:
+def finish(cfg: Config, folder: RunFolder, state: dict, device: torch.device, memory_before: int) -> None:
     folder.write_summary({"before": state["before"], "after": state["after"], "teacher": state["teacher"],
                           "steps": state["step"], "seconds": state["seconds"], "tokens": state["tokens"],
                           "best": {"step": state["best_step"], f"avg@{cfg.eval_k}": state["best"]},
-                          "skipped": state["skipped"], "recipe": cfg.recipe})
+                          "skipped": state["skipped"], "recipe": cfg.recipe, "timings": timings(state),
+                          "peak_memory": used_memory(device, memory_before)})
     print(closing_line(cfg, folder, folder.summary()))
 
 
 def closing_line(cfg: Config, folder: RunFolder, summary: dict) -> str:
     key = f"avg@{cfg.eval_k}"
     teacher = f" (teacher {summary['teacher'][key]:.1%})" if summary["teacher"] else ""
+    shares = "  ".join(f"{phase} {t['share']:.0%}" + (f" ({t['tokens_per_second']:,.0f} tokens/s)" if t["tokens_per_second"]
+                                                     else "") for phase, t in summary["timings"].items())
     return (f"done    held-out {key} {summary['before'][key]:.1%} -> {summary['after'][key]:.1%}{teacher} in "
             f"{summary['steps']} steps, {summary['seconds']:.0f} s\n"
+            f"        {shares}, peak memory {size_text(summary['peak_memory'])}\n"
             f"        in {folder.path}: the trained model last/, the best one best/, metrics.jsonl, samples/, "
             f"summary.json")
 
@@ -464,11 +490,12 @@ def main(argv: list[str] | None = None) -> int:
             print(closing_line(cfg, folder, folder.summary()))
             return 0
         give_back_freed_memory()
+        memory_before = used_memory(torch.device("cpu"))
         torch.manual_seed(cfg.seed)     # nothing draws from the global stream; if a fork does, it is at least fixed
         cfg, run = set_up(cfg)
         if cfg.report_only:
             return report(cfg, run)
-        return train(cfg, parallel.run_folder(RunFolder, path, lasting, cfg.fresh), run)
+        return train(cfg, parallel.run_folder(RunFolder, path, lasting, cfg.fresh), run, memory_before)
     except UserError as error:
         parallel.complain(f"error: {one_line(error)}")
         return 2

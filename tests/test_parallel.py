@@ -143,7 +143,7 @@ def numbers(path: Path) -> list[dict]:
         for key, value in record.items():
             if isinstance(value, dict):
                 yield from flat(value, f"{prefix}{key}.")
-            elif "seconds" not in key:
+            elif "second" not in key:
                 yield prefix + key, value
     return [dict(flat(json.loads(line))) for line in (path / "metrics.jsonl").read_text().splitlines()[1:]]
 
