@@ -389,8 +389,9 @@ class Draft:
 
 def chunk_sums(value_n: Tensor, chunk_n: Tensor, size: int) -> Tensor:
     """(size,): the sum of each chunk's values, added in float64; a token of chunk -1 is in none."""
-    sums = torch.zeros(size + 1, dtype=torch.float64, device=value_n.device)
-    return sums.index_add(0, torch.where(chunk_n >= 0, chunk_n, size), value_n.double())[:size]
+    value_n = torch.where(chunk_n >= 0, value_n, 0.0).double()
+    sums = torch.zeros(size, dtype=torch.float64, device=value_n.device)
+    return sums.index_add(0, chunk_n.clamp(min=0), value_n)
 
 
 class Shares(NamedTuple):
