@@ -14,7 +14,7 @@ from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
 from eval import Problem, load_problems, template_variable
 from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
-from memory import auto_chunk, print_plan
+from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model, set_threads
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
@@ -195,7 +195,8 @@ def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transfor
     return [student], None, cfg.self_teacher == "initial"
 
 
-def set_up(cfg) -> Setup:
+def set_up(cfg) -> tuple:
+    """(cfg with the sizes that were left to memory.fit, everything the loop works with)."""
     device = choose_device(cfg.device)
     dtype = compute_dtype(cfg, device)
     variables, teacher_variables = (dict(template_variable(pair) for pair in text.split(",") if pair)
@@ -234,8 +235,11 @@ def set_up(cfg) -> Setup:
                                                              (cfg.lora_rank and cfg.self_teacher != "ema"))
     reference_folder = checkpoint_folder(cfg.reference) if cfg.reference else folder
     own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
-    print_plan(cfg, configs[0], extra + [load_config(reference_folder)] * bool(own_reference),
-               max(map(len, shown or prompts)), tokenizer.vocab_size, device, dtype)
+    chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device)
+    plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference), max(map(len, shown or prompts)),
+                 tokenizer.vocab_size, chunk_rows, dtype)
+    cfg = fit(cfg, *plan_args, device=device)
+    print_plan(cfg, *plan_args, device=device)
     if cfg.plan:
         sys.exit(0)
     student = load_model(folder, compute_dtype=dtype, device=device)
@@ -246,8 +250,8 @@ def set_up(cfg) -> Setup:
     models, average, adapters_off = load_teachers(cfg, teachers, folder, student, dtype, device)
     reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False) if own_reference else None
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    return Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train, first,
-                 held_out, prompts, shown, given, variables, teacher_variables, auto_chunk(cfg, tokenizer.vocab_size, device))
+    return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train, first,
+                 held_out, prompts, shown, given, variables, teacher_variables, chunk_rows)
 
 
 def load_other(cfg, run: Setup) -> Transformer:
