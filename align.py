@@ -395,9 +395,8 @@ def number_of_chunks(*sides: Tensor) -> int:
 
 def chunk_sums(value_n: Tensor, chunk_n: Tensor, size: int) -> Tensor:
     """(size,): the sum of each chunk's values, added in float64; a token of chunk -1 is in none."""
-    value_n = torch.where(chunk_n >= 0, value_n, 0.0).double()
-    sums = torch.zeros(size, dtype=torch.float64, device=value_n.device)
-    return sums.index_add(0, chunk_n.clamp(min=0), value_n)
+    sums = torch.zeros(size + 1, dtype=torch.float64, device=value_n.device)
+    return sums.index_add(0, torch.where(chunk_n >= 0, chunk_n, size), value_n.double())[:size]
 
 
 class Shares(NamedTuple):

@@ -193,7 +193,8 @@ def test_the_filter_of_fire_hears_the_teachers_own_total(world, command):
     mean = np.array([part.total / len(part.b) for part in parts])
     close(s.teacher_total_B / s.length_B, torch.tensor(mean), 1e-4)
     dropped = WEIGHTS["fire"](s, cfg) == 0
-    assert [dropped[s.sequence_N == b].all().item() for b in range(len(asked))] == (mean < np.quantile(mean, 0.5)).tolist()
+    found = [dropped[s.sequence_N == b].all().item() for b in range(len(asked))]
+    assert found == (mean < np.quantile(mean, 0.5)).tolist() and True in found
 
 
 @pytest.mark.parametrize("divergence", ["policy_gradient", "reverse_kl"])
