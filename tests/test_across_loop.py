@@ -104,6 +104,7 @@ def test_the_gradient_of_a_step(world, command, divergence, mode):
     rollout, _, _, _, asked, _ = look(cfg, run, 0, {}, Clock())
     parts = told(run, theirs, rollout, asked, mode)
     loss, gradients = by_hand(run, theirs, rollout, asked, parts, divergence)
+    assert {1, 2} <= {len(ours) for part in parts for ours, _ in part.chunks}
     record = train_step(cfg, run, adamw(cfg, run), 0, {}, Clock())
     for parameter, gradient in zip(run.student.parameters(), gradients):
         close(parameter.grad, gradient, 1e-4)
@@ -151,8 +152,9 @@ def test_rules_that_compare_with_a_third_model(world, command, mode):
     cfg, run, theirs = foreign(world, command, recipe="exopd", chunk_credit=mode, reference=world / "teacher",
                                extrapolate=1.5)
     rollout, s, _, _, asked, _ = look(cfg, run, 0, {}, Clock())
-    a_N, start = ADVANTAGES["exopd"](s, cfg).tolist(), 0
-    for b, (i, part) in enumerate(zip(asked, told(run, theirs, rollout, asked, mode))):
+    a_N, start, parts = ADVANTAGES["exopd"](s, cfg).tolist(), 0, told(run, theirs, rollout, asked, mode)
+    assert {1, 2} <= {len(ours) for part in parts for ours, _ in part.chunks}
+    for b, (i, part) in enumerate(zip(asked, parts)):
         response = rollout.response(b)
         r = sampled(forward(run.reference, VOCAB, run.prompts[i], response)[1], response).tolist()
         for ours, _ in part.chunks:
@@ -165,21 +167,28 @@ def test_rules_that_compare_with_a_third_model(world, command, mode):
         start += len(part.b)
 
 
-def test_verifier_and_teacher_together(world, command):
+def test_verifier_and_teacher_together(world, command, monkeypatch):
     """fails if: the group's verdict and the chunk's credit land on different rows, or a teacher whose word no
     rule asks for keeps tokens from the verifier"""
     cfg, run, theirs = foreign(world, command, recipe="kdrl", samples=4, kdrl_coef=0.3, problems=2)
     run.train[:] = [replace(p, answer=str(run.train.index(p) % 10)) for p in run.train]
     rollout, s, _, _, asked, _ = look(cfg, run, 0, {}, Clock())
     s = s._replace(reward_B=torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0]))
-    a_N = torch.tensor(joined(told(run, theirs, rollout, asked), "a"))
+    monkeypatch.setattr(loop, "rewards", lambda *_: s.reward_B)
+    parts = told(run, theirs, rollout, asked)
+    a_N, scored_N = torch.tensor(joined(parts, "a")), torch.tensor(joined(parts, "scored"))
     close(ADVANTAGES["kdrl"](s, cfg), ADVANTAGES["grpo"](s, cfg) + 0.3 * a_N, 1e-4)
+    p_N = torch.cat([sampled(predictions(run.student, run.prompts[i], rollout.response(b)), rollout.response(b))
+                     for b, i in enumerate(asked)])
+    loss = -((ADVANTAGES["grpo"](s, cfg) + 0.3 * a_N) * scored_N * p_N).mean()
+    expected = torch.autograd.grad(loss, list(run.student.parameters()))
+    train_step(cfg, run, adamw(cfg, run), 0, {}, Clock())
+    for parameter, gradient in zip(run.student.parameters(), expected):
+        close(parameter.grad, gradient, 1e-4)
     gradients = []
     for teacher in (world / "foreign", world / "teacher"):
         cfg, run = ready(command, recipe="grpo", samples=4, problems=2, teacher=teacher, max_grad_norm=1e9)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "rewards", lambda *_: torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0]))
-            record = train_step(cfg, run, adamw(cfg, run), 0, {}, Clock())
+        record = train_step(cfg, run, adamw(cfg, run), 0, {}, Clock())
         gradients.append([p.grad for p in run.student.parameters()])
         assert record["grad_norm"] > 0
     assert all(map(torch.equal, *gradients))
