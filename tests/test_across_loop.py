@@ -319,7 +319,8 @@ def test_imitation_does_not_ask_what_can_be_scored(world, command):
 
 def test_a_foreign_teacher_is_tested_with_its_own_text(world, command):
     """fails if: the student's tokenizer writes its prompts, stops its answers or reads them"""
-    cfg, run, theirs = foreign(world, command, eval_k=2)
+    cfg, run, theirs = foreign(world, command, eval_k=2, chat_template="plain")     # of the student
+    assert run.teacher_prompts == [prompt_of(theirs, problem.prompt) for problem in run.train]
     wanted, _ = evaluate(run.teachers[0], theirs, run.held_out, k=2, temperature=1.0, max_new_tokens=9, seed=10**9,
                                  verifier="auto")
     assert train.test_teachers(cfg, run) == wanted
@@ -382,16 +383,22 @@ def test_report_only_shows_how_both_cut(world, command, capsys):
 def test_the_picture_shows_one_response_chunk_by_chunk(world, command):
     """fails if: one side's tokens or the credit of another response stand in a line"""
     cfg, run, theirs = foreign(world, command, problems=6)
-    rollout, _, scores, _, asked, _ = look(cfg, run, 0, {}, Clock())
-    _, *lines = picture(run, rollout, scores, cfg)
-    b = int(rollout.length_B.argmax())
-    part = told(run, theirs, rollout, asked)[b]
-    ids, mine = cut(run.tokenizer, theirs, rollout.response(b), bool(rollout.finished_B[b]))[0], rollout.response(b)
-    assert len(part.chunks) > 2 and len(lines) == len(part.chunks) + (sum(part.scored) < len(mine))
-    for line, (ours, others) in zip(lines, part.chunks):
-        texts = [run.tokenizer.decode([mine[i]], False) for i in ours]
-        texts += [theirs.decode([ids[j]], False) for j in others]
-        assert line.split() == texts + [f"{part.a[i]:+.2f}" for i in ours]
+    sizes = set()
+    for seed in range(6):
+        rollout, _, scores, _, asked, _ = look(replace(cfg, seed=seed), run, 0, {}, Clock())
+        _, *lines = picture(run, rollout, scores, cfg)
+        b = int(rollout.length_B.argmax())
+        part, mine = told(run, theirs, rollout, asked, only=[b])[b], rollout.response(b)
+        ids, _ = cut(run.tokenizer, theirs, mine, bool(rollout.finished_B[b]))
+        assert len(lines) == len(part.chunks) + (sum(part.scored) < len(mine))
+        lines = [line for line in lines if "(not read)" not in line]
+        assert len(lines) == len(part.chunks)
+        for line, (ours, others) in zip(lines, part.chunks):
+            texts = [run.tokenizer.decode([mine[i]], False) for i in ours]
+            texts += [theirs.decode([ids[j]], False) for j in others]
+            assert line.split() == texts + [f"{part.a[i]:+.2f}" for i in ours]
+            sizes.add(len(ours))
+    assert max(sizes) > 1
 
 
 @pytest.mark.parametrize("mode", ["chunk", "prop"])
