@@ -105,12 +105,16 @@ def test_the_gradient_of_a_step(world, command, divergence, mode):
     parts = told(run, theirs, rollout, asked, mode)
     loss, gradients = by_hand(run, theirs, rollout, asked, parts, divergence)
     assert {1, 2} <= {len(ours) for part in parts for ours, _ in part.chunks}
+    shared_kl = total_loss(run, theirs, rollout, asked, parts, "reverse_kl").item()
     record = train_step(cfg, run, adamw(cfg, run), 0, {}, Clock())
     for parameter, gradient in zip(run.student.parameters(), gradients):
         close(parameter.grad, gradient, 1e-4)
     if divergence != "policy_gradient":
         assert record["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert 0 < record["masked_share"] < 1 and record["grad_norm"] > 0.01
+    if divergence in ("policy_gradient", "reverse_kl"):     # the mean of the rows that can be compared
+        rows = sum(state is not None for state in joined(parts, "alone"))
+        assert record["reverse_kl"] == pytest.approx(shared_kl / rows, abs=1e-4)
 
 
 def test_gold_on_given_responses_knows_the_students_log_probs(world, command):
