@@ -94,7 +94,7 @@ class Crossing:
         end_m = torch.zeros_like(ids_m, dtype=torch.bool)
         end_m[torch.tensor([len(ids) for ids in responses], dtype=torch.int64, device=self.device).cumsum(0) - 1] = True
         chunk_n, chunk_m, cuts = self.joined(prompts)
-        count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_tensor([-1])]).max()) + 1
+        count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_zeros(1)]).max()) + 1      # a chunk 0 even if all is masked
         head_VE = model.head_weight()[:bridge.teacher.vocab_size].to(model.compute_dtype)
         hidden_mE = head_VE.new_empty(0, head_VE.shape[1])
         if kept:
@@ -111,9 +111,9 @@ class Crossing:
         self.across_N[rows] = True
         self.chunk_N[rows] = torch.where(chunk_n >= 0, chunk_n + len(self.token_N) * (number + 1), -1)
         size_c2 = torch.stack([chunk_sums(torch.ones_like(chunk), chunk, count).long() for chunk in (chunk_n, chunk_m)], 1)
-        self.size_N2[rows] = torch.where(chunk_n[:, None] >= 0, size_c2[chunk_n], 0) if count else 0
+        self.size_N2[rows] = torch.where(chunk_n[:, None] >= 0, size_c2[chunk_n], 0)
         mean_c = chunk_sums(entropy_m, chunk_m, count) / size_c2[:, 1].clamp(min=1)
-        entropy_n = torch.where(chunk_n >= 0, mean_c[chunk_n], 0.0).to(effective_n.dtype) if count else torch.zeros_like(effective_n)
+        entropy_n = torch.where(chunk_n >= 0, mean_c[chunk_n], 0.0).to(effective_n.dtype)
         shared = tuple(ids.to(self.device) for ids in bridge.shared)
         if not kept:        # a row that stands beside nothing is still looked up
             hidden_mE = head_VE.new_zeros(1, head_VE.shape[1])

@@ -29,7 +29,9 @@ from teacher import score  # noqa: E402
 from tokenizer import Tokenizer as Text  # noqa: E402
 
 MERGES = ("1 2", "; 3", "+ 3", "= 4", "3 3")
-FOREIGN = dict(model_type="llama", vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=2)
+MANY = tuple(dict.fromkeys((*MERGES, *(f"{a} {CHARACTERS[(k * i + k) % 17]}" for k in (3, 5, 7)
+                                       for i, a in enumerate(CHARACTERS)))))
+FOREIGN = dict(model_type="llama", vocab_size=80, hidden_size=24, intermediate_size=32, num_hidden_layers=2)
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}*{% endfor %}"
 
 
@@ -56,7 +58,7 @@ def checkpoint(folder, seed, characters, merges, special, stop, template=None, c
 def world(pair):
     """pair, with teachers of other tokenizers and a student that can cut characters and stop in two ways."""
     odd, theirs = CHARACTERS[::-1], ("<s>", "</s>", "<|think|>", "<|call|>")
-    checkpoint(pair / "foreign", 3, odd, MERGES, theirs, ["</s>"], TEMPLATE, context=48, **FOREIGN)
+    checkpoint(pair / "foreign", 3, odd, MANY, theirs, ["</s>"], TEMPLATE, context=48, **FOREIGN)
     checkpoint(pair / "two", 4, odd + "ĠÃ©", (*MERGES, "Ã ©"), theirs, ["</s>", "<|call|>"], TEMPLATE,
                context=32, **FOREIGN)
     checkpoint(pair / "rich", 5, CHARACTERS + "ĠÃ©", ("2 3", "5 6"),
