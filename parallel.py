@@ -127,7 +127,7 @@ def run(main) -> int:
         stop()
         raise
     except BaseException:
-        complain(traceback.format_exc().rstrip())
+        complain(f"{traceback.format_exc()}error: process {Group.rank} of {Group.world} failed, the others stop too")
         status = 2
     if Group.over.is_set():         # this process complained: no use in waiting for the others
         time.sleep(4 * LOOK_EVERY)  # the others see the key first, and not a connection that breaks

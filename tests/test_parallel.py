@@ -207,7 +207,8 @@ def test_only_the_first_process_prints(runs):
 def test_the_only_process_gets_back_what_it_gave():
     tensor = torch.zeros(3)
     assert parallel.world() == 1 and parallel.rank() == 0 and parallel.largest(7) == 7 and parallel.gather("x") == ["x"]
-    for function in (parallel.same, parallel.whole, lambda x: parallel.like(x, tensor), lambda x: parallel.joined(x, x > 0)):
+    for function in (parallel.same, parallel.whole, lambda x: parallel.like(x, tensor),
+                     lambda x: parallel.joined(x, x > 0)):
         assert function(tensor) is tensor
     assert parallel.owned(torch.arange(5)).all()
 
