@@ -91,6 +91,8 @@ class Crossing:
         kept = [b for b in prompts if b in self.readings and self.readings[b].ids]
         responses = [self.readings[b].ids for b in kept]
         ids_m = torch.tensor([i for ids in responses for i in ids], dtype=torch.int64, device=self.device)
+        end_m = torch.zeros_like(ids_m, dtype=torch.bool)
+        end_m[torch.tensor([len(ids) for ids in responses], dtype=torch.int64, device=self.device).cumsum(0) - 1] = True
         chunk_n, chunk_m, cuts = self.joined(prompts)
         count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_tensor([-1])]).max()) + 1
         head_VE = model.head_weight()[:bridge.teacher.vocab_size].to(model.compute_dtype)
@@ -100,10 +102,11 @@ class Crossing:
             all_b, all_m = (torch.arange(n, device=self.device) for n in (len(kept), len(ids_m)))
             hidden_mE = states(model, theirs, all_b, all_m, self.max_tokens)
             hidden_mE = parallel.joined(hidden_mE, parallel.owned(all_b.repeat_interleave(theirs.length_B)))
-        teacher_m, entropy_m, mass = self.teacher_rows(bridge, hidden_mE, head_VE, ids_m, chunk_m, cuts)
+        teacher_m, entropy_m, mass = self.teacher_rows(bridge, hidden_mE, head_VE, ids_m, end_m & (chunk_m >= 0), cuts)
         effective_n = self.share_out(bridge, rows, chunk_n, chunk_m, teacher_m, cuts, mass)
         place_N = torch.full_like(self.token_N, -1)
-        place_N[rows] = self.beside(rows, chunk_n, chunk_m, teacher_m, count)
+        place_n = self.beside(rows, chunk_n, chunk_m, teacher_m, count)
+        place_N[rows] = torch.where(self.white(bridge, rows), -1, place_n)
         self.paired_N[rows] = place_N[rows] >= 0
         self.across_N[rows] = True
         self.chunk_N[rows] = torch.where(chunk_n >= 0, chunk_n + len(self.token_N) * (number + 1), -1)
@@ -112,6 +115,8 @@ class Crossing:
         mean_c = chunk_sums(entropy_m, chunk_m, count) / size_c2[:, 1].clamp(min=1)
         entropy_n = torch.where(chunk_n >= 0, mean_c[chunk_n], 0.0).to(effective_n.dtype) if count else torch.zeros_like(effective_n)
         shared = tuple(ids.to(self.device) for ids in bridge.shared)
+        if not kept:        # a row that stands beside nothing is still looked up
+            hidden_mE = head_VE.new_zeros(1, head_VE.shape[1])
         return Part(sequence_b, place_N, hidden_mE, head_VE, shared), effective_n, entropy_n
 
     def read_texts(self, bridge: Bridge, prompts: dict[int, list[int]], context: int) -> None:
@@ -145,7 +150,7 @@ class Crossing:
         chunk_n, chunk_m = (torch.tensor(chunk, dtype=torch.int64, device=self.device) for chunk in (chunk_n, chunk_m))
         return chunk_n, chunk_m, torch.tensor(cuts, dtype=torch.int64, device=self.device).reshape(-1, 4).T
 
-    def teacher_rows(self, bridge: Bridge, hidden_mE: Tensor, head_VE: Tensor, ids_m: Tensor, chunk_m: Tensor,
+    def teacher_rows(self, bridge: Bridge, hidden_mE: Tensor, head_VE: Tensor, ids_m: Tensor, end_m: Tensor,
                      cuts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log q, entropy) of the teacher's own tokens, and for each cut the log-mass of the teacher tokens
         that begin with the bytes before it (only for prefix credit)."""
@@ -153,7 +158,7 @@ class Crossing:
         teacher_m, entropy_m = (torch.zeros(len(ids_m), dtype=dtype, device=self.device) for _ in range(2))
         mass = torch.zeros(cuts.shape[1], dtype=dtype, device=self.device)
         stops = torch.tensor(bridge.teacher_stop, device=self.device)
-        stop_m = torch.isin(ids_m, stops) & (chunk_m >= 0)
+        stop_m = torch.isin(ids_m, stops) & end_m       # before the end it is a control token like others
         for at, logp_MV in distributions(hidden_mE, head_VE, **self.sizes):
             teacher_m[at] = logp_MV.gather(1, ids_m[at, None]).squeeze(1)
             entropy_m[at] = -(logp_MV.exp() * logp_MV).sum(-1)
@@ -180,11 +185,15 @@ class Crossing:
             self.by_mode[mode][rows] = (found[mode][0] - event_n).to(self.student_N.dtype)
         effective_n, scored_n = found[args.chunk_credit]
         effective_n = torch.where(event_n == student_n, effective_n, student_n + (effective_n - event_n))
-        if args.mask_whitespace:
-            white_n = bridge.whitespace.to(self.device)[token_n]
-            effective_n, scored_n = torch.where(white_n, student_n, effective_n), scored_n & ~white_n
-        self.scored_N[rows] = scored_n
-        return effective_n
+        white_n = self.white(bridge, rows)
+        self.scored_N[rows] = scored_n & ~white_n
+        return torch.where(white_n, student_n, effective_n)
+
+    def white(self, bridge: Bridge, rows: Tensor) -> Tensor:
+        """Rows that are white space alone and are to be left out."""
+        if not self.args.mask_whitespace:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        return bridge.whitespace.to(self.device)[self.token_N[rows]]
 
     def beside(self, rows: Tensor, chunk_n: Tensor, chunk_m: Tensor, teacher_m: Tensor, count: int) -> Tensor:
         """The teacher row whose distribution a student row is compared with, or -1.
@@ -201,14 +210,15 @@ class Crossing:
                 n, m = n + ours, m + theirs
             return torch.tensor(pairs, dtype=torch.int64, device=self.device)
         last_n, last_m = last_row(chunk_n, count), last_row(chunk_m, count)
+        kept_c = (last_n >= 0) & (last_m >= 0)      # a masked chunk has a number, but no rows
         if self.pairing == "alone":
-            alone_c = (chunk_sums(one_n, chunk_n, count) == 1) & (chunk_sums(one_m, chunk_m, count) == 1)
-            last_n, last_m = last_n[alone_c], last_m[alone_c]
-        else:
+            kept_c = (chunk_sums(one_n, chunk_n, count) == 1) & (chunk_sums(one_m, chunk_m, count) == 1)
+        last_n, last_m = last_n[kept_c], last_m[kept_c]
+        if self.pairing == "last":
             student_n = self.student_N[rows]
             for before_N, value, chunk, last in ((self.student_before_N, student_n, chunk_n, last_n),
                                                  (self.teacher_before_N, teacher_m, chunk_m, last_m)):
-                before_N[rows[last_n]] = (chunk_sums(value, chunk, count) - value[last]).to(before_N.dtype)
+                before_N[rows[last_n]] = (chunk_sums(value, chunk, count)[kept_c] - value[last]).to(before_N.dtype)
         return nowhere_n.index_copy(0, last_n, last_m)
 
     # what credit rules and the record of the step want to know

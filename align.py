@@ -32,9 +32,10 @@ from torch import Tensor
 from tokenizer import Tokenizer, UserError
 
 MODELS = ("BPE", "Unigram")
-NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend", "Replace")
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend")
 PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts")
-DECODERS = ("ByteLevel", "Replace", "Metaspace", "ByteFallback", "Fuse", "Strip")
+DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")
+SLICE_ENTRIES = 4_194_304   # log-probs that slice_mass gathers at a time: about 130 MB with their indices
 
 
 # Bytes of ids
@@ -55,19 +56,22 @@ def flat(step: dict | None) -> list[dict]:
     return [part for step in inner for part in flat(step)]
 
 
+def is_lossy(step: dict, known: tuple[str, ...]) -> bool:
+    """Whether a step may lose part of a text; replacing is allowed between spaces and their marker."""
+    if step["type"] == "Replace":
+        return " " not in (step["content"], step["pattern"].get("String")) or "String" not in step["pattern"]
+    return step["type"] not in known or step.get("behavior") == "Removed"
+
+
 def supported(tokenizer: Tokenizer) -> dict:
     """tokenizer.json, if its ids can be turned into bytes and bytes into ids without loss; else UserError."""
     spec = tokenizer.description()
-    model, decoder = spec["model"], flat(spec["decoder"])
+    model = spec["model"]
     odd = [f"a {model['type']} model"] if model["type"] not in MODELS else []
     odd += [f"a {key}" for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     for part, known in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
-        odd += [f"the {part} {step['type']}" for step in flat(spec[part])
-                if step["type"] not in known or step.get("behavior") == "Removed"]
-    odd += [f"a {part} that replaces other things than spaces" for part in ("normalizer", "decoder")
-            for step in flat(spec[part]) if step["type"] == "Replace" and (" " not in (
-                step["content"], step["pattern"].get("String")) or "String" not in step["pattern"])]
-    if not any(step["type"] in ("ByteLevel", "Replace", "Metaspace", "ByteFallback") for step in decoder):
+        odd += [f"the {part} {step['type']}" for step in flat(spec[part]) if is_lossy(step, known)]
+    if not any(step["type"] in ("ByteLevel", "Replace", "Metaspace", "ByteFallback") for step in flat(spec["decoder"])):
         odd.append("no decoder that says how pieces become bytes")
     if odd:
         raise UserError(f"{tokenizer.folder / 'tokenizer.json'} has {odd[0]}, so its tokens do not spell a text byte "
@@ -82,66 +86,64 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
-    """The byte table of a tokenizer.  UserError: a kind whose tokens have no bytes of their own.
-
-    A piece is what the decoder makes of it. An added token is its literal content, except in a SentencePiece
-    vocabulary where it is a piece as well (Gemma declares runs of spaces, ▁▁, both ways).
-    """
-    spec = supported(tokenizer)
-    vocab, decoder, alphabet = spec["model"]["vocab"], flat(spec["decoder"]), byte_alphabet()
+def byte_table(spec: dict) -> TokenBytes:
+    """A piece is what the decoder makes of it. An added token is its literal content, except in a SentencePiece
+    vocabulary where it is a piece as well (Gemma declares runs of spaces, ▁▁, both ways)."""
+    vocab, added, decoder = spec["model"]["vocab"], spec["added_tokens"], flat(spec["decoder"])
     pieces = vocab if isinstance(vocab, dict) else {piece: token_id for token_id, (piece, _) in enumerate(vocab)}
     byte_level = any(step["type"] == "ByteLevel" for step in decoder)
     markers = [step["replacement"] if step["type"] == "Metaspace" else step["pattern"]["String"]
                for step in decoder if step["type"] in ("Metaspace", "Replace")]
-    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)} if spec["model"].get("byte_fallback") else {}
-    table: list[bytes | None] = [None] * tokenizer.vocab_size
-    fallback = set()
+    single = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)} if spec["model"].get("byte_fallback") else {}
+    fallback = frozenset() if byte_level else frozenset(pieces[piece] for piece in single if piece in pieces)
+    value_of = byte_alphabet().__getitem__
+    size = 1 + max([*pieces.values(), *(token["id"] for token in added)])
+    table: list[bytes | None] = [None] * size
     for piece, token_id in pieces.items():
-        if byte_level and all(character in alphabet for character in piece):
-            table[token_id] = bytes(alphabet[character] for character in piece)
-        elif not byte_level and piece in bytes_:
-            table[token_id] = bytes([bytes_[piece]])
-            fallback.add(token_id)
-        else:
+        try:
+            table[token_id] = bytes(map(value_of, piece)) if byte_level else single[piece]
+        except KeyError:    # an ordinary SentencePiece; or one that no byte-level encoder writes
             for marker in markers:
                 piece = piece.replace(marker, " ")
             table[token_id] = piece.encode()
-    added = spec["added_tokens"]
     for token in added:
         if byte_level or token["special"] or token["content"] not in pieces:
             table[token["id"]] = token["content"].encode()
     special = frozenset(token["id"] for token in added if token["special"])
-    return TokenBytes(table, special, {token["content"].encode(): token["id"] for token in added}, frozenset(fallback))
+    return TokenBytes(table, special, {token["content"].encode(): token["id"] for token in added}, fallback)
 
 
-def raw_copy(tokenizer: Tokenizer) -> Backend:
-    """The tokenizer without anything that changes a text before it is cut: no normal forms, no space in front,
-    no text turned into control tokens, no spaces swallowed beside added tokens, no dropout. `encode` it with
-    add_special_tokens=False."""
-    spec = supported(tokenizer)
-    spec["normalizer"] = {"type": "Sequence", "normalizers": [
-        step for step in flat(spec["normalizer"]) if step["type"] == "Replace"]}
-    for step in (steps := flat(spec["pre_tokenizer"])):
-        if step["type"] == "ByteLevel":
-            step["add_prefix_space"] = False
-        if step["type"] == "Metaspace":
-            step["prepend_scheme"] = "never"
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    for token in spec["added_tokens"]:
-        token["lstrip"] = token["rstrip"] = False
-    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
-    if "dropout" in spec["model"]:
-        spec["model"]["dropout"] = None
-    backend = Backend.from_str(json.dumps(spec))
+def rebuilt_raw(spec: dict) -> Backend:
+    """What raw_copy promises, from the description of the tokenizer."""
+    steps = [{**step, "add_prefix_space": False} if step["type"] == "ByteLevel" else
+             {**step, "prepend_scheme": "never"} if step["type"] == "Metaspace" else step
+             for step in flat(spec["pre_tokenizer"])]
+    kept = [step for step in flat(spec["normalizer"]) if step["type"] == "Replace"]
+    backend = Backend.from_str(json.dumps({
+        **spec, "truncation": None, "padding": None, "post_processor": None,
+        "normalizer": {"type": "Sequence", "normalizers": kept},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "added_tokens": [{**token, "lstrip": False, "rstrip": False} for token in spec["added_tokens"]],
+        "model": {**spec["model"], **({"dropout": None} if "dropout" in spec["model"] else {})}}))
     backend.encode_special_tokens = True
     return backend
 
 
+def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    """The byte table of a tokenizer.  UserError: a kind whose tokens have no bytes of their own."""
+    return byte_table(supported(tokenizer))
+
+
+def raw_copy(tokenizer: Tokenizer) -> Backend:
+    """The tokenizer without anything that changes a text before it is cut: no normal forms, no space in front,
+    no text turned into control tokens, no spaces swallowed beside added tokens, no dropout. `encode` with
+    add_special_tokens=False.  UserError: as token_bytes."""
+    return rebuilt_raw(supported(tokenizer))
+
+
 def whitespace_tokens(table: TokenBytes) -> Tensor:
     """(V,) bool: tokens of nothing but spaces, tabs and newlines."""
-    return torch.tensor([bool(text) and not text.strip(b" \t\r\n") and token_id not in table.special
-                         for token_id, text in enumerate(table.bytes)])
+    return torch.tensor([bool(text) and not text.strip(b" \t\r\n") for text in table.bytes])
 
 
 # Chunks
@@ -188,8 +190,8 @@ class Reading(NamedTuple):
     ids: list[int]              # teacher tokens after its prompt; finished: a teacher stop id stands last
     student_chunk: list[int]    # per response token: chunk number in this response; -1 = cannot be scored
     teacher_chunk: list[int]    # per entry of ids: chunk number; -1 = read, but answers for no student token
-    cuts: list[tuple[int, int, int, int]]   # (i, j, lo, hi): student token i ends strictly inside teacher token j;
-    #                             those that start with the same bytes are Bridge.order[lo:hi]
+    cuts: list[tuple[int, int, int, int]]   # (i, j, lo, hi): student token i ends inside teacher token j, whose
+    #                             bytes so far are the first ones of Bridge.order[lo:hi]
 
 
 class Side(NamedTuple):
@@ -238,8 +240,8 @@ class Bridge:
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer):
         self.teacher = teacher
-        self._mine, self._theirs = (Side(token_bytes(side), raw_copy(side), tuple(side.stop_ids))
-                                    for side in (student, teacher))
+        self._mine, self._theirs = (Side(byte_table(spec), rebuilt_raw(spec), tuple(side.stop_ids))
+                                    for side in (student, teacher) for spec in [supported(side)])
         self.student_stop, self.teacher_stop = self._mine.stop, self._theirs.stop
         mine, theirs = self._mine.table, self._theirs.table
         self._control, self._control_back = same_control(mine, theirs), same_control(theirs, mine)
@@ -253,9 +255,9 @@ class Bridge:
         """Ids of equal bytes are paired in order, pieces before the byte tokens that stand in for them."""
         groups: tuple[dict, dict] = {}, {}
         for side, group in zip((self._mine.table, self._theirs.table), groups):
-            for i in sorted(range(len(side.bytes)), key=lambda i: (i in side.fallback, i)):
-                if side.bytes[i] is not None:
-                    group.setdefault((side.bytes[i], i in side.special), []).append(i)
+            pieces = [i for i, text in enumerate(side.bytes) if text is not None and i not in side.fallback]
+            for i in pieces + sorted(side.fallback):
+                group.setdefault((side.bytes[i], i in side.special), []).append(i)
         pairs = {i: j for key, ids in groups[0].items() for i, j in zip(ids, groups[1].get(key, []))}
         stop = self.student_stop[0]
         answer = self._theirs.stop_like(self._mine.table.bytes[stop])
@@ -387,11 +389,14 @@ class Draft:
 
 # Credit: from the log-probs of chunks to those of tokens
 
+def number_of_chunks(*sides: Tensor) -> int:
+    return 1 + max([int(chunk_n.max()) for chunk_n in sides if len(chunk_n)] + [0])
+
+
 def chunk_sums(value_n: Tensor, chunk_n: Tensor, size: int) -> Tensor:
     """(size,): the sum of each chunk's values, added in float64; a token of chunk -1 is in none."""
-    value_n = torch.where(chunk_n >= 0, value_n, 0.0).double()
-    sums = torch.zeros(size, dtype=torch.float64, device=value_n.device)
-    return sums.index_add(0, chunk_n.clamp(min=0), value_n)
+    sums = torch.zeros(size + 1, dtype=torch.float64, device=value_n.device)
+    return sums.index_add(0, torch.where(chunk_n >= 0, chunk_n, size), value_n.double())[:size]
 
 
 class Shares(NamedTuple):
@@ -449,47 +454,45 @@ def credit(mode: str, student_n: Tensor, teacher_m: Tensor, student_chunk_n: Ten
 
     A 1:1 chunk gives the teacher's log q itself, not a sum that only rounds to it.
     """
-    size = 1 + max((int(side.max()) for side in (student_chunk_n, teacher_chunk_m) if len(side)), default=-1)
-    ones = [torch.ones_like(side) for side in (student_n, teacher_m)]
-    count_C, theirs_C = (chunk_sums(one, side, size) for one, side in zip(ones, (student_chunk_n, teacher_chunk_m)))
-    if not size:
-        return student_n.clone(), torch.zeros_like(student_n, dtype=torch.bool)
-    at = student_chunk_n.clamp(min=0)
-    scored_n = (student_chunk_n >= 0) & (theirs_C[at] > 0)
+    size, at = number_of_chunks(student_chunk_n, teacher_chunk_m), student_chunk_n.clamp(min=0)
+    mine_n, theirs_n = (chunk_sums(torch.ones_like(value), chunk, size)[at]
+                        for value, chunk in ((student_n, student_chunk_n), (teacher_m, teacher_chunk_m)))
+    single_n = (mine_n == 1) & (theirs_n == 1)
+    scored_n = (student_chunk_n >= 0) & (theirs_n > 0)
     if max_chunk:
-        scored_n &= (count_C[at] <= max_chunk) & (theirs_C[at] <= max_chunk)
-    single_n = (count_C[at] == 1) & (theirs_C[at] == 1)
+        scored_n &= (mine_n <= max_chunk) & (theirs_n <= max_chunk)
     if mode == "strict":
         scored_n &= single_n
     own_n = chunk_sums(student_n, student_chunk_n, size)[at]
     teacher_n = chunk_sums(teacher_m, teacher_chunk_m, size)[at]
-    gap_n = teacher_n - own_n
-    if clamp and mode not in CLAMPED_AFTER:
-        gap_n = gap_n.clamp(-clamp, clamp)
-    advantage_n = CREDIT[mode](Shares(student_n.double(), gap_n, own_n, count_C[at].clamp(min=1), prefix_n))
-    if clamp:
-        plain_n = single_n & ((teacher_n - own_n).abs() <= clamp)
-        if mode in CLAMPED_AFTER:
-            advantage_n = advantage_n.clamp(-clamp, clamp)
-    else:
-        plain_n = single_n
-    effective_n = torch.where(plain_n, teacher_n, student_n.double() + advantage_n).to(student_n.dtype)
-    return torch.where(scored_n, effective_n, student_n), scored_n
+    gap_n, bound, after = teacher_n - own_n, clamp or torch.inf, mode in CLAMPED_AFTER
+    shared_n = gap_n if after else gap_n.clamp(-bound, bound)
+    advantage_n = CREDIT[mode](Shares(student_n.double(), shared_n, own_n, mine_n.clamp(min=1), prefix_n))
+    if after:
+        advantage_n = advantage_n.clamp(-bound, bound)
+    effective_n = torch.where(single_n & (gap_n.abs() <= bound), teacher_n, student_n.double() + advantage_n)
+    return torch.where(scored_n, effective_n.to(student_n.dtype), student_n), scored_n
 
 
 def slice_mass(logp_MV: Tensor, order: Tensor, rows: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """(C,): log of the probability that row rows[c] of logp_MV gives to the tokens order[lo[c]:hi[c]].
 
-    Gathers those entries alone: C x V would be as large as the logits, while most slices are short.
+    Gathers those entries alone: C x V would be as large as the logits, while most slices are short. Not all are
+    (a third of a vocabulary starts with a space), so SLICE_ENTRIES are taken at a time.
     """
-    width = hi - lo
-    cut = torch.arange(len(rows), device=rows.device).repeat_interleave(width)
-    place = torch.arange(len(cut), device=rows.device) - (width.cumsum(0) - width)[cut] + lo[cut]
-    logp = logp_MV[rows[cut], order[place]]
-    top_c = torch.full((len(rows),), -torch.inf, dtype=logp.dtype, device=logp.device)
-    top_c = top_c.scatter_reduce(0, cut, logp, "amax")
-    total_c = torch.zeros_like(top_c).index_add(0, cut, (logp - top_c[cut]).exp())
-    return top_c + total_c.log()
+    if not len(rows):
+        return logp_MV.new_zeros(0)
+    _, sizes = torch.unique_consecutive((hi - lo).cumsum(0) // SLICE_ENTRIES, return_counts=True)
+    mass = []
+    for row, start, end in zip(*(part.split(sizes.tolist()) for part in (rows, lo, hi))):
+        width = end - start
+        cut = torch.arange(len(row), device=row.device).repeat_interleave(width)
+        place = torch.arange(len(cut), device=row.device) - (width.cumsum(0) - width)[cut] + start[cut]
+        logp = logp_MV[row[cut], order[place]]
+        top_c = torch.full((len(row),), -torch.inf, dtype=logp.dtype, device=logp.device)
+        top_c = top_c.scatter_reduce(0, cut, logp, "amax")
+        mass.append(top_c + torch.zeros_like(top_c).index_add(0, cut, (logp - top_c[cut]).exp()).log())
+    return torch.cat(mass)
 
 
 def prefix_scores(teacher_m: Tensor, student_chunk_n: Tensor, teacher_chunk_m: Tensor, cut_i: Tensor, cut_j: Tensor,
@@ -501,18 +504,16 @@ def prefix_scores(teacher_m: Tensor, student_chunk_n: Tensor, teacher_chunk_m: T
                             bytes have log-mass mass_c there (Reading.cuts, slice_mass)
     Every scored token that does not end its chunk has a cut, since ends that both share are chunk ends.
     """
-    size = 1 + max((int(side.max()) for side in (student_chunk_n, teacher_chunk_m) if len(side)), default=-1)
-    if not size:
-        return torch.zeros_like(teacher_m[:0]).new_zeros(len(student_chunk_n))
+    size = number_of_chunks(student_chunk_n, teacher_chunk_m)
     value_m = torch.where(teacher_chunk_m >= 0, teacher_m, 0.0).double()
     before_m, at_m = value_m.cumsum(0) - value_m, teacher_chunk_m.clamp(min=0)
     place_m = torch.arange(len(value_m), device=value_m.device)
     first_C = torch.full((size,), len(value_m), device=value_m.device).scatter_reduce(
         0, at_m, torch.where(teacher_chunk_m >= 0, place_m, len(value_m)), "amin")
-    level_n = chunk_sums(teacher_m, teacher_chunk_m, size)[student_chunk_n.clamp(min=0)]    # log M, from the chunk's start
+    # log M from the chunk's start on, in float64: its sums start anywhere in the step
+    level_n = chunk_sums(teacher_m, teacher_chunk_m, size)[student_chunk_n.clamp(min=0)]
     level_n[cut_i] = before_m[cut_j] - before_m[first_C[at_m[cut_j]]] + mass_c.double()
     at = (student_chunk_n >= 0).nonzero().squeeze(1)
     level, chunk = level_n[at], student_chunk_n[at]
-    previous = torch.where(chunk[1:] == chunk[:-1], level[:-1], 0.0)
-    level[1:] -= previous
+    level[1:] -= torch.where(chunk[1:] == chunk[:-1], level[:-1], 0.0)
     return torch.zeros_like(level_n).index_copy(0, at, level).to(teacher_m.dtype)

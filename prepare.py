@@ -15,7 +15,7 @@ from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
 from eval import Problem, load_problems, template_variable
 from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
-from memory import auto_chunk, print_plan
+from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model, set_threads
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
@@ -154,6 +154,10 @@ def find_bridge(cfg, student: Tokenizer, folder: Path, stop_ids: tuple[int, ...]
         what = f"weight {cfg.weight}" if cfg.weight == "tip" else f"divergence {cfg.divergence}"
         raise UserError(f"{what} needs a teacher with the student's tokenizer, and {folder} has another one; use "
                         f"policy_gradient, or a divergence over the vocabulary")
+    if student.vocab() != theirs.vocab() and cfg.chunk_credit == "chunk" and cfg.discount and (
+            cfg.divergence == "policy_gradient" and cfg.advantage == "opd"):
+        raise UserError(f"--discount {cfg.discount:g} adds up the credit of later tokens, and --chunk_credit chunk "
+                        f"gives all of a chunk's to each of its tokens; use --chunk_credit prefix")
     return Bridge(student, theirs if student.vocab() == theirs.vocab() else Tokenizer(folder))
 
 
@@ -192,7 +196,8 @@ def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transfor
     return [student], None, cfg.self_teacher == "initial"
 
 
-def set_up(cfg) -> Setup:
+def set_up(cfg) -> tuple:
+    """(cfg with the sizes that were left to memory.fit, everything the loop works with)."""
     device = choose_device(cfg.device)
     dtype = compute_dtype(cfg, device)
     variables, teacher_variables = (dict(template_variable(pair) for pair in text.split(",") if pair)
@@ -231,8 +236,11 @@ def set_up(cfg) -> Setup:
                                                              (cfg.lora_rank and cfg.self_teacher != "ema"))
     reference_folder = checkpoint_folder(cfg.reference) if cfg.reference else folder
     own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
-    print_plan(cfg, configs[0], extra + [load_config(reference_folder)] * bool(own_reference),
-               max(map(len, shown or prompts)), tokenizer.vocab_size, device, dtype)
+    chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device)
+    plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference), max(map(len, shown or prompts)),
+                 tokenizer.vocab_size, chunk_rows, dtype)
+    cfg = fit(cfg, *plan_args, device=device)
+    print_plan(cfg, *plan_args, device=device)
     if cfg.plan:
         sys.exit(0)
     student = load_model(folder, compute_dtype=dtype, device=device)
@@ -245,8 +253,8 @@ def set_up(cfg) -> Setup:
     reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False) if own_reference else None
     parallel.shard(*models, reference)
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    return Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train, first,
-                 held_out, prompts, shown, given, variables, teacher_variables, auto_chunk(cfg, tokenizer.vocab_size, device))
+    return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train, first,
+                 held_out, prompts, shown, given, variables, teacher_variables, chunk_rows)
 
 
 def load_other(cfg, run: Setup) -> Transformer:

@@ -61,13 +61,14 @@ def check_tokenizers(cfg, run: Setup) -> None:
           + f"\n        chunks by student tokens  {'  '.join(sizes)}  stop {found['stop_advantage']:+.2f}")
     for line in picture(run, rollout, scores, cfg):
         print(f"        {line}")
-    for value, holds, what, flag in (
+    for value, holds, what, flag, enough in (
             (found["strict_coverage"], found["strict_coverage"] >= cfg.min_coverage,
-             "of the student's tokens have a teacher token of their own", "min_coverage"),
-            (found["dropped_share"], found["dropped_share"] <= cfg.max_dropped, "of the responses cannot be read", "max_dropped")):
+             "of the student's tokens have a teacher token of their own", "min_coverage", math.floor),
+            (found["dropped_share"], found["dropped_share"] <= cfg.max_dropped, "of the responses cannot be read",
+             "max_dropped", math.ceil)):
         if not holds:
             raise UserError(f"{value:.1%} {what}, and --{flag} is {getattr(cfg, flag):.1%}: choose a teacher whose "
-                            f"tokenizer is closer to the student's, or set --{flag} {value:.2f}")
+                            f"tokenizer is closer to the student's, or set --{flag} {enough(100 * value) / 100:.2f}")
 
 
 def picture(run: Setup, rollout: Rollout, scores: Scores, cfg, most: int = 12) -> list[str]:

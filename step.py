@@ -85,6 +85,9 @@ def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollo
     chosen = ask(cfg, run, step, cfg.problems)
     if not on_policy:
         texts = teacher_writes(cfg, run, 0, run.prompts, chosen, cfg.samples, cfg.seed * 2**32 + step)
+        if not texts:
+            raise UserError(f"step {step}: nothing that the teacher wrote can be said in the student's tokens within "
+                            f"--max_new_tokens {cfg.max_new_tokens}; raise it, or --problems or --samples")
         return given([i for i, _, _ in texts], [ids for _, ids, _ in texts])
     rollout = generate(run.actor, [run.prompts[i] for i in chosen], samples=cfg.samples, stop_ids=run.tokenizer.stop_ids,
                        vocab_size=run.vocab_size, seed=cfg.seed * 2**32 + step, **sampling(cfg))
@@ -166,13 +169,16 @@ def read(cfg, run: Setup, models: list, rollout: Rollout, teacher_B: Tensor | No
                  max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, crossing=crossing)
 
 
-def cross(cfg, run: Setup, rollout: Rollout) -> Crossing | None:
+def cross(cfg, run: Setup, rollout: Rollout, on_policy: bool) -> Crossing | None:
     """The notes of this step, when some teacher has another tokenizer."""
     if not any(run.bridges):
         return None
     stops, stop_N = list(run.tokenizer.stop_ids), None
+    own = read(cfg, run, [run.student], rollout) if len(stops) > 1 or not on_policy else None
+    if not on_policy:       # nobody sampled given responses: their log-probs are not noted yet
+        rollout = replace(rollout, logp_BT=rollout.logp_BT.masked_scatter(rollout.mask_BT, own.logp_N.float()))
     if len(stops) > 1:      # to stop is one event; the sampler noted only the stop token that it drew
-        (mine,) = read(cfg, run, [run.student], rollout).parts
+        (mine,) = own.parts
         stop_N = parallel.spread([logp_NV[:, stops].logsumexp(-1) for _, logp_NV in
                                   distributions(mine.hidden_nE, mine.head_VE, cfg.temperature, run.chunk_rows)], mine.place_N)
     return Crossing(run.bridges, rollout, cfg, divergence=cfg.divergence, temperature=cfg.temperature,
@@ -191,7 +197,7 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
     with clock("score"):
         scores, more = None, {}
         prompts, usable_B = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
-        crossing = cross(cfg, run, rollout)
+        crossing = cross(cfg, run, rollout, on_policy)
         if run.teachers:
             teacher_B = torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device)
             with run.student.lora_off() if run.adapters_off else nullcontext():
@@ -209,6 +215,14 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
     return rollout, s, scores, usable_B, asked, on_policy
 
 
+def taught(cfg, crossing: Crossing) -> Tensor | int:
+    """1 for rows that this run's loss can learn from across tokenizers: all, when it never asks the teacher."""
+    if cfg.divergence in losses.USES_ADVANTAGE:
+        asks = {cfg.advantage, cfg.weight} & set(credit.NEEDS["teacher"])
+        return crossing.scored_N if asks else 1
+    return 1 if cfg.divergence == "cross_entropy" else crossing.paired_N
+
+
 def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], clock) -> dict:
     """Roll out, score, weigh, update. Returns the step's record for metrics.jsonl."""
     if step < cfg.cold_start_steps:
@@ -219,8 +233,8 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
     weight_N = WEIGHTS[cfg.weight](s, cfg) * credit.supervised(s, cfg) * usable_B[s.sequence_N]
     scale_N = row_scale(s, weight_N, cfg.reduction)
     crossing = scores.crossing if scores else None
-    if crossing and cfg.divergence != "cross_entropy":      # rows without credit stay in the denominator
-        scale_N = scale_N * (crossing.scored_N if cfg.divergence in losses.USES_ADVANTAGE else crossing.paired_N)
+    if crossing:
+        scale_N = scale_N * taught(cfg, crossing)       # rows without credit stay in the denominator
     sizes = dict(vocab_size=run.vocab_size, chunk_rows=run.chunk_rows)
     with clock("update"):
         for group in optimizer.param_groups:

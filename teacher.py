@@ -123,7 +123,7 @@ def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_
         for at in ((part.place_N >= 0) & (mine.place_N >= 0)).nonzero().squeeze(1).split(chunk_rows):
             p_NV, q_NV = ((upcast(side.hidden_nE[side.place_N[at]] @ side.head_VE.T) / temperature).log_softmax(-1)
                           for side in (mine, part))
-            rows = Rows(p_NV, at, q_NV, shared=part.shared)
+            rows = Rows(p_NV, torch.zeros_like(at), q_NV, shared=part.shared)   # the token drawn plays no part
             for name, value in diagnostics(on_shared(rows) if part.shared else rows).items():
                 out.setdefault(name, torch.full_like(teacher.logp_N, torch.nan))[at] = value
     return parallel.joined(out, mine.place_N >= 0)

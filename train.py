@@ -92,7 +92,7 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     samples: int = opt(1, "responses per problem")
     max_new_tokens: int = opt(40, "longest response; longer ones are cut")
     temperature: float = opt(1.0, "used to sample and to score, for both sides")
-    slots: int = opt(128, "sequences decoded side by side")
+    slots: int = opt(0, "sequences decoded side by side: memory, not mathematics; 0 = what fits")
     stop_ids: str = opt("", "comma-separated ids that end a response; empty: the checkpoint's own")
     chat_template: str = opt("auto", "auto: the student checkpoint's own; plain: none; or a .jinja file")
     template_vars: str = opt("", "comma-separated name=value pairs for the template, e.g. enable_thinking=false")
@@ -106,7 +106,7 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     weight_decay: float = opt(0.0, "AdamW weight decay")
     max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
     updates: int = opt(1, "optimizer steps per rollout; past the first the policy_gradient ratio clip can act")
-    micro_batch_tokens: int = opt(16384, "tokens per forward pass, padding included: memory, not mathematics")
+    micro_batch_tokens: int = opt(0, "tokens per forward pass, padding included: memory, not mathematics; 0 = what fits")
     chunk_rows: int = opt(0, "rows projected to the vocabulary at a time: memory, not mathematics; 0 = by vocabulary")
     # evaluation
     eval_every: int = opt(20, "steps between evaluations; 0 = only before and after")
@@ -205,12 +205,12 @@ def check(cfg: Config) -> None:
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value}: choose from {', '.join(choices)}")
-    for least, names in ((1, ("problems", "samples", "max_new_tokens", "slots", "steps", "updates", "micro_batch_tokens",
+    for least, names in ((1, ("problems", "samples", "max_new_tokens", "steps", "updates",
                               "eval_k", "save_every", "topk", "pts_samples")),
-                         (0, ("lora_rank", "warmup_steps", "chunk_rows", "eval_every", "eval_max_new_tokens",
+                         (0, ("slots", "micro_batch_tokens", "lora_rank", "warmup_steps", "chunk_rows", "eval_every", "eval_max_new_tokens",
                               "eval_limit", "seed", "threads", "weight_decay", "eval_temperature", "clip", "entry_clip",
                               "token_clip", "cold_start_steps", "pts_weight", "skip_first", "loss_first_n", "fire_alpha",
-                              "fire_beta"))):
+                              "fire_beta", "chunk_clamp", "max_chunk"))):
         for name in names:
             if not getattr(cfg, name) >= least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
@@ -236,7 +236,8 @@ def check(cfg: Config) -> None:
         (cfg.lmbda == 1 or cfg.divergence not in losses.ON_SAMPLES_ONLY,
          f"{cfg.divergence} is only right on the student's own samples: keep --lmbda 1"),
         *((0 <= getattr(cfg, name) <= 1, f"--{name} is a share between 0 and 1")
-          for name in ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy")),
+          for name in ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy", "min_coverage",
+                       "max_dropped")),
         (0 < cfg.reopold_share < 1, "--reopold_share must lie strictly between 0 and 1"),
         (cfg.scope_temperature > 0, "--scope_temperature must be above 0"),
         (cfg.divergence != "cross_entropy" or cfg.lmbda < 1,
@@ -464,7 +465,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         give_back_freed_memory()
         torch.manual_seed(cfg.seed)     # nothing draws from the global stream; if a fork does, it is at least fixed
-        run = set_up(cfg)
+        cfg, run = set_up(cfg)
         if cfg.report_only:
             return report(cfg, run)
         return train(cfg, parallel.run_folder(RunFolder, path, lasting, cfg.fresh), run)

@@ -56,7 +56,7 @@ def ready(command, **flags):
     """(cfg, run) of a tiny run whose models are loaded."""
     cfg, _ = train.parse(command(**flags))
     train.check(cfg)
-    return cfg, prepare.set_up(cfg)
+    return prepare.set_up(cfg)
 
 
 def sizes(run):

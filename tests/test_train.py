@@ -44,7 +44,7 @@ def setup(command):
     def make(**flags):
         cfg, _ = train.parse(command(**flags))
         train.check(cfg)
-        return cfg, train.set_up(cfg)
+        return train.set_up(cfg)
     return make
 
 

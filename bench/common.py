@@ -1,0 +1,72 @@
+"""What the benchmarks share: random Qwen3 checkpoints, interleaved timing, peak memory."""
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from model import ModelConfig, Transformer  # noqa: E402
+
+
+def random_checkpoint(folder: Path, vocab: int, width: int = 256, layers: int = 6, heads: int = 8, kv_heads: int = 4,
+                      head_dim: int = 32, seed: int = 0) -> Path:
+    """A Qwen3 with fresh weights, tied embeddings, on disk for every implementation to load."""
+    raw = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=vocab, hidden_size=width,
+               intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=heads,
+               num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=4096, rms_norm_eps=1e-6,
+               rope_theta=1e6, tie_word_embeddings=True, hidden_act="silu", attention_bias=False,
+               bos_token_id=None, eos_token_id=None)
+    Transformer(ModelConfig.from_dict(raw)).init_weights(seed).save(folder)
+    return folder
+
+
+def interleaved(variants: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each variant, one call of every variant per round, so that a slow minute of the machine hits
+    them all. The first round is a warm-up and is not counted. On a CPU, seconds of processor time: with one
+    thread that is the wall clock of a machine that does nothing else."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    seconds = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, call in variants.items():
+            wait(device)
+            start = clock()
+            call()
+            wait(device)
+            if number:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def resident(field: str) -> int:
+    """Bytes of this process, from the kernel: VmRSS now, VmHWM at most since reset_peak()."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(field)
+
+
+def reset_peak(device: torch.device) -> int:
+    """Forget the peak so far; return what is held now. Linux or CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")

@@ -1,0 +1,178 @@
+"""One whole on-policy distillation step of this project against TRL's GKDTrainer and DistillationTrainer.
+
+    python bench/step.py                                        # vocabulary 4,096, batch 16, float32, two CPU cores
+    python bench/step.py --vocab 151936 --batch 8 --dtype bfloat16
+    python bench/step.py --device cuda --vocab 151936 --batch 64 --dtype bfloat16
+
+The same random Qwen3 student (width 256, 6 layers) and teacher (width 512, 8 layers), prompts of 64 tokens, 128
+new tokens each, exact reverse KL over the whole vocabulary, AdamW. bfloat16: float32 student weights, bfloat16
+products and teacher, everywhere. `gkd` is GKDTrainer with gradient checkpointing switched off; `gkd_shipped` has
+its default, under which its generation runs without a KV cache. Each variant has its own process; median seconds
+of the steps after the first; peak memory above what is held before the first step, that is above the models. Ends with one JSON line: ratios
+are the variant over this project.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import peak_memory, random_checkpoint, reset_peak, wait  # isort: skip
+
+import numpy as np
+import torch
+
+VARIANTS = ("ours", "gkd", "distillation", "gkd_shipped")
+PROMPT, NEW = 64, 128
+
+
+def prompts_of(args) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return rng.integers(args.vocab - 2, size=(args.batch * (args.steps + 1), PROMPT)).tolist()
+
+
+class Timer:
+    """Seconds per step; on a CPU of processor time (see common.interleaved)."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.clock = device, time.process_time if device.type == "cpu" else time.perf_counter
+        self.seconds: list[float] = []
+        self.before = reset_peak(device)
+
+    def start(self) -> None:
+        wait(self.device)
+        self.at = self.clock()
+
+    def stop(self) -> None:
+        wait(self.device)
+        self.seconds.append(self.clock() - self.at)
+
+    def result(self) -> dict:
+        return {"seconds": statistics.median(self.seconds[1:]), "first": self.seconds[0],
+                "peak": peak_memory(self.device) - self.before}
+
+
+def ours(args, folder: Path) -> dict:
+    from memory import auto_chunk, give_back_freed_memory
+    from model import load_model
+    from rollout import generate
+    from teacher import score
+    from train import Config
+    from update import backward, row_scale, signals, update
+    give_back_freed_memory()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    cfg = Config(chunk_rows=args.chunk_rows)
+    student = load_model(folder / "student", compute_dtype=dtype, device=device)
+    teacher = load_model(folder / "teacher", dtype=dtype, device=device).requires_grad_(False)
+    actor = student if dtype == torch.float32 else student.copy_as(dtype)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
+    prompts, chunk_rows, timer = prompts_of(args), auto_chunk(cfg, args.vocab, device), Timer(device)
+    for step in range(args.steps + 1):
+        timer.start()
+        if actor is not student:
+            actor.refresh(student)
+        mine = prompts[step * args.batch:(step + 1) * args.batch]
+        rollout = generate(actor, mine, max_new_tokens=NEW, stop_ids=(), slots=args.batch, seed=step, compile=args.compile)
+        scores = score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device), vocab_size=args.vocab,
+                       temperature=1.0, max_tokens=cfg.micro_batch_tokens, chunk_rows=chunk_rows)
+        s = signals(rollout, torch.arange(args.batch, device=device), None, scores)
+        scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
+        per_row = backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=args.vocab, chunk_rows=chunk_rows)
+        update(student, optimizer, s, scale_N, per_row, 1.0)
+        timer.stop()
+    return timer.result()
+
+
+def word_tokenizer(vocab: int):
+    """One word per id, so that TRL has a text of exactly PROMPT tokens to read."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = {f"w{i}": i for i in range(vocab - 2)} | {"<eos>": vocab - 2, "<pad>": vocab - 1}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+
+
+def trl(args, folder: Path) -> dict:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name, dtype=kind).to(device)
+                        for name, kind in (("student", torch.float32), ("teacher", dtype)))
+    settings = dict(output_dir=str(folder / "out"), per_device_train_batch_size=args.batch, max_steps=args.steps + 1,
+                    learning_rate=1e-5, bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu", temperature=1.0,
+                    beta=1.0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                    gradient_checkpointing=args.variant == "gkd_shipped")
+    tokenizer, prompts = word_tokenizer(args.vocab), prompts_of(args)
+    timer = Timer(device)
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            timer.start()
+
+        def on_step_end(self, *_, **__):
+            timer.stop()
+
+    if args.variant == "distillation":
+        from trl import DistillationConfig, DistillationTrainer
+        texts = [" ".join(f"w{i}" for i in prompt) for prompt in prompts]
+        trainer = DistillationTrainer(
+            model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()],
+            args=DistillationConfig(**settings, max_completion_length=NEW), train_dataset=Dataset.from_dict({"prompt": texts}))
+    else:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        def collate(rows):
+            ids = torch.tensor([row["ids"] for row in rows])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "prompts": ids,
+                    "prompt_attention_mask": torch.ones_like(ids)}
+        trainer = GKDTrainer(
+            model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()], data_collator=collate,
+            args=GKDConfig(**settings, lmbda=1.0, max_new_tokens=NEW), train_dataset=Dataset.from_dict({"ids": prompts}))
+    trainer.train()
+    return timer.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=3, help="steps measured, after one that is not")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--chunk_rows", type=int, default=0, help="as in train.py")
+    parser.add_argument("--compile", action="store_true", help="this project's decode step through torch.compile")
+    parser.add_argument("--variants", nargs="*", default=VARIANTS[:3], choices=VARIANTS)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.variant:
+        print(json.dumps((ours if args.variant == "ours" else trl)(args, args.folder)))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        random_checkpoint(folder / "student", args.vocab)
+        random_checkpoint(folder / "teacher", args.vocab, width=512, layers=8, head_dim=64, seed=1)
+        for variant in args.variants:
+            run = subprocess.run([sys.executable, *sys.argv, "--variant", variant, "--folder", scratch],
+                                 capture_output=True, text=True)
+            if run.returncode:
+                print(f"{variant:>13}: failed ({run.stderr.strip().splitlines()[-1] if run.stderr.strip() else 'killed'})")
+                continue
+            results[variant] = found = json.loads(run.stdout.strip().splitlines()[-1])
+            print(f"{variant:>13}: {found['seconds']:7.2f} s a step (the first {found['first']:.2f}), "
+                  f"peak {found['peak'] / 2**30:5.2f} GiB above the weights", flush=True)
+    ratios = {name: {key: round(found[key] / results["ours"][key], 2) for key in ("seconds", "peak")}
+              for name, found in results.items() if name != "ours" and "ours" in results}
+    print(json.dumps({"name": f"step_{args.vocab}_{args.dtype}_{args.batch}",
+                      "ratio": min((r["seconds"] for r in ratios.values()), default=None), **ratios}))
+
+
+if __name__ == "__main__":
+    main()
