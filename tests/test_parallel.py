@@ -1,8 +1,8 @@
 """Several processes take the steps that one would take.
 
-The runs of JOBS are made in this process, then by torchrun with 2 and with 4 processes (gloo, CPU), each started
-once for all of them. Six sequences answer three problems: two processes do not ask equally many, and of four one asks
-nothing and two have fewer micro-batches than the others.
+The runs of JOBS are made in this process, then by torchrun with 2 and with 4 processes (gloo, CPU), each
+started once for all of them. Six sequences answer three problems: two processes do not ask equally many, and of
+four one asks nothing and two have fewer micro-batches than the others.
 """
 import json
 import os
