@@ -1,13 +1,14 @@
-"""Parallel: the same step over several processes, one per GPU. With one process, every function here hands back
-what it was given.
+"""Parallel: the same step over several processes, one per GPU. With one process, every function here hands
+back what it was given.
 
     torchrun --nproc_per_node 4 train.py ...
 
 Place in the loop: around it. N processes hold one student between them and take the same optimizer steps as one
 process would, up to rounding:
 
-    whole on every process   the rollout (token ids, a few numbers per token), rewards, signals, credit, metrics.
-                             So a filter or a group statistic sees the whole step, and there is one denominator
+    whole on every process   the rollout (token ids, a few numbers per token), rewards, signals, credit,
+                             metrics. So a filter or a group statistic sees the whole step, and there is one
+                             denominator
     divided                  writing: problem i is asked on process i mod N. Reading, forward and backward:
                              sequence b on process b mod N. Evaluation like writing
     sharded (FSDP2)          parameters, gradients and moments of the student; the teachers' parameters. A layer
@@ -18,8 +19,9 @@ The head's gradient is added by hand (losses.chunked_backward), so the whole hea
 pass and its whole gradient summed back into shards once at the end. Every process must make the same collective
 calls: a process with fewer micro-batches than another makes up for them with empty ones.
 
-Not here: tensor or pipeline parallelism. Memory that does not shrink with N: the sampling copy, the head with its
-gradient, and, while it is loaded, one whole checkpoint.
+Not here: tensor or pipeline parallelism. Memory that does not shrink with N: the sampling copy, the head with
+its gradient, the hidden states of teachers with another tokenizer (their chunks are aligned over the whole
+step), and, while it is loaded, one whole checkpoint.
 """
 import functools
 import os
@@ -62,7 +64,8 @@ def world() -> int:
 # Beginning and end
 
 def start() -> None:
-    """Join the processes that torchrun started (its environment says how many). All but the first fall silent."""
+    """Join the processes that torchrun started (its environment says how many). All but the first fall
+    silent."""
     if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":    # schedulers set WORLD_SIZE alone, too
         return
     import torch.distributed as dist
@@ -127,7 +130,7 @@ def run(main) -> int:
         stop()
         raise
     except BaseException:
-        complain(traceback.format_exc().rstrip())
+        complain(f"{traceback.format_exc()}error: process {Group.rank} of {Group.world} failed, the others stop too")
         status = 2
     if Group.over.is_set():         # this process complained: no use in waiting for the others
         time.sleep(4 * LOOK_EVERY)  # the others see the key first, and not a connection that breaks
@@ -174,8 +177,8 @@ def gather(part) -> list:
 
 
 def joined(value, mine_N: Tensor):
-    """A tensor (N, ...), or a dict of them, with every row from the process to which it belongs: here those of
-    mine_N."""
+    """A tensor (N, ...), or a dict of them, with every row from the process to which it belongs: here those
+    of mine_N."""
     if Group.world == 1:
         return value
     if isinstance(value, dict):
@@ -198,7 +201,7 @@ def spread(parts: list[Tensor], place_N: Tensor) -> Tensor:
 
 
 def same(tensor: Tensor | None) -> Tensor | None:
-    """The first process's tensor. All computed it from the same numbers, but a GPU adds in any order, and a share of a
+    """The first process's tensor. All computed it from the same numbers, but a GPU adds in any order, and a
     filter that falls differently on two processes would belong to neither step."""
     if Group.world > 1 and tensor is not None:
         import torch.distributed as dist
@@ -222,8 +225,9 @@ def owned(number: Tensor) -> Tensor:
 
 
 def in_step(micro_batches):
-    """Decorates a generator of (tokens_bt, mask_bt, row_n): as many on every process, the missing ones without a row.
-    A layer is gathered by all processes together, so each has to run it as often as the others."""
+    """Decorates a generator of (tokens_bt, mask_bt, row_n): as many on every process, the missing ones
+    without a row. A layer is gathered by all processes together, so each has to run it as often as the
+    others."""
     @functools.wraps(micro_batches)
     def wrapped(*args, **kwargs):
         if Group.world == 1:
@@ -237,8 +241,9 @@ def in_step(micro_batches):
 
 
 def divided(generate):
-    """Decorates rollout.generate: every process writes its share of the prompts and gets the whole rollout. The random
-    streams are numbered by the whole step, so the text does not depend on the number of processes."""
+    """Decorates rollout.generate: every process writes its share of the prompts and gets the whole rollout.
+    The random streams are numbered by the whole step, so the text does not depend on the number of
+    processes."""
     @functools.wraps(generate)
     def wrapped(model, prompts, *, samples=1, max_new_tokens, **settings):
         if Group.world == 1:
@@ -273,8 +278,8 @@ class Sharded(Transformer):
 
 
 class Gathered(Mapping):
-    """Checkpoint name -> whole tensor, gathered when it is asked for and not kept. All processes have to ask for the
-    same names in the same order."""
+    """Checkpoint name -> whole tensor, gathered when it is asked for and not kept. All processes have to ask
+    for the same names in the same order."""
 
     def __init__(self, shards: dict[str, Tensor]):
         self.shards = shards
@@ -292,10 +297,10 @@ class Gathered(Mapping):
 def shard(*models: Transformer | None) -> None:
     """Cut the parameters over all processes, in place; a model that was cut before stays. Adapters come first.
 
-    Gradients are summed over processes, not averaged: the scale of a row already holds the denominator of the whole
-    step. Every module gathers for its own forward or backward pass and lets go at once (the outermost too, which FSDP2
-    would keep): between passes a parameter is always its shard. Layers are gathered in the dtype of the products, their
-    gradients summed in float32.
+    Gradients are summed over processes, not averaged: the scale of a row already holds the denominator of the
+    whole step. Every module gathers for its own forward or backward pass and lets go at once (the outermost
+    too, which FSDP2 would keep): between passes a parameter is always its shard. Layers are gathered in the
+    dtype of the products, their gradients summed in float32.
     """
     if Group.world == 1:
         return
@@ -318,7 +323,8 @@ def shard(*models: Transformer | None) -> None:
 
 
 def take_head(student: Transformer) -> Tensor:
-    """The head with a .grad to add to: the parameter itself, or of a sharded student a whole copy that starts at 0."""
+    """The head with a .grad to add to: the parameter itself, or of a sharded student a whole copy whose
+    gradient starts at 0."""
     if not isinstance(student, Sharded):
         return student.head_weight()
     head = student.head_weight().requires_grad_(Transformer.head_weight(student).requires_grad)
@@ -341,7 +347,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU of the process that writes it; the others help to gather it and keep nothing."""
+    """The whole tensor on the CPU of the process that writes it; the others help to gather it and keep
+    nothing."""
     found = whole(tensor.detach())
     return found.cpu() if Group.rank == 0 else found.new_empty(0)
 

@@ -1,8 +1,8 @@
 """Several processes take the steps that one would take.
 
-The runs of JOBS are made in this process, then by torchrun with 2 and with 4 processes (gloo, CPU), each started
-once for all of them. Six sequences answer three problems, so no number of processes divides them evenly, and with
-four one process asks nothing.
+The runs of JOBS are made in this process, then by torchrun with 2 and with 4 processes (gloo, CPU), each
+started once for all of them. Six sequences answer three problems: two processes do not ask equally many, and of
+four one asks nothing and two have fewer micro-batches than the others.
 """
 import json
 import os
@@ -31,10 +31,10 @@ SELF = dict(teacher="self", teacher_prompt="{solution}|{problem}", privileged="s
 RESUMED = dict(recipe="sdft", skip_first=1, ema=0.5, steps=3, **SELF)   # its checkpoint holds a running average too
 JOBS = {        # name -> flags; what it is here for
     "opd": dict(steps=3, eval_teacher=True, self_check=True),               # tied head, the gradient added by hand
-    "fire": dict(recipe="fire"),                                            # a filter and a mean over the whole step
+    "fire": dict(recipe="fire", micro_batch_tokens=12),                     # a filter and a mean over the whole step
     "grpo": dict(recipe="grpo", teacher="none", verifier="number"),         # group statistics; nobody scores
-    "lora": dict(lora_rank=2, gradient_checkpointing=True, **SELF),         # fewer adapter rows than processes
-    "multi": dict(teacher="odd={teacher},even={student}", route="kind", problems=2),    # a process without a row of one
+    "lora": dict(lora_rank=2, gradient_checkpointing=True, micro_batch_tokens=12, **SELF),  # fewer rows than processes
+    "multi": dict(teacher="odd={teacher},even={student}", route="kind", samples=1),     # a process without a row of one
     "tip": dict(weight="tip", seed=3),                                      # a share of all tokens, chosen by their KL
     "exopd": dict(recipe="exopd", student="{teacher}", teacher="{student}", reference="{teacher}", updates=2,
                   micro_batch_tokens=12),                                   # untied head, a third model, small batches
@@ -207,7 +207,8 @@ def test_only_the_first_process_prints(runs):
 def test_the_only_process_gets_back_what_it_gave():
     tensor = torch.zeros(3)
     assert parallel.world() == 1 and parallel.rank() == 0 and parallel.largest(7) == 7 and parallel.gather("x") == ["x"]
-    for function in (parallel.same, parallel.whole, lambda x: parallel.like(x, tensor), lambda x: parallel.joined(x, x > 0)):
+    for function in (parallel.same, parallel.whole, lambda x: parallel.like(x, tensor),
+                     lambda x: parallel.joined(x, x > 0)):
         assert function(tensor) is tensor
     assert parallel.owned(torch.arange(5)).all()
 
