@@ -12,6 +12,7 @@ scored gets the student's own log-prob: no credit, and no part in the loss.
 
 Cross-tokenizer OPD, arXiv:2606.09456. Not here: text and bytes (align.py).
 """
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -76,6 +77,7 @@ class Crossing:
         self.size_N2 = torch.ones(N, 2, dtype=torch.int64, device=device)       # tokens of the row's chunk, both sides
         self.student_before_N, self.teacher_before_N = (torch.zeros_like(self.student_N) for _ in range(2))
         self.by_mode = {mode: torch.zeros_like(self.student_N) for mode in CREDIT}
+        self.seconds = 0.0          # spent on text: reading it as the teacher does, and its chunks
         self.dropped: Counter[str] = Counter()
         self.readings: dict[int, Reading] = {}
 
@@ -86,6 +88,7 @@ class Crossing:
         `seen` holds the prompts in the teacher's ids. The entropy is the mean over the teacher's tokens of
         the chunk, 0 where there is none."""
         bridge = self.bridges[number]
+        begun = time.perf_counter()
         prompts = {b: seen.tokens_BT[b, :seen.prompt_len_B[b]].tolist() for b in sequence_b.tolist()}
         self.read_texts(bridge, prompts, model.config.context)
         kept = [b for b in prompts if b in self.readings and self.readings[b].ids]
@@ -94,6 +97,7 @@ class Crossing:
         end_m = torch.zeros_like(ids_m, dtype=torch.bool)
         end_m[torch.tensor([len(ids) for ids in responses], dtype=torch.int64, device=self.device).cumsum(0) - 1] = True
         chunk_n, chunk_m, cuts = self.joined(prompts)
+        self.seconds += time.perf_counter() - begun
         count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_zeros(1)]).max()) + 1      # a chunk 0 even if all is masked
         head_VE = model.head_weight()[:bridge.teacher.vocab_size].to(model.compute_dtype)
         hidden_mE = head_VE.new_empty(0, head_VE.shape[1])
@@ -245,11 +249,15 @@ class Crossing:
         found = {"strict_coverage": float((size_N == 1).all(1).sum()) / rows,
                  "masked_share": float((across_N & ~self.scored_N).sum()) / rows,
                  "dropped_share": self.dropped.total() / B,
-                 "stop_advantage": float(self.by_mode[self.args.chunk_credit][stop_N].mean())}
+                 "stop_advantage": float(self.by_mode[self.args.chunk_credit][stop_N].mean()),
+                 "teacher_tokens": sum(len(reading.ids) for reading in self.readings.values()),
+                 "align_seconds": self.seconds}
         for size in (1, 2, 3, 4):
             of_size = (size_N[:, 0] == size) if size < 4 else size_N[:, 0] >= 4
             found[f"chunks_of_{size}{'+' * (size == 4)}"] = float(chunks[of_size].sum() / chunks.sum().clamp(min=1))
         for mode, a_N in self.by_mode.items():
+            if mode == "prefix" and self.args.chunk_credit != "prefix":     # needs masses that were not asked for
+                continue
             found[f"advantage_sum/{mode}"] = float(a_N[across_N].sum()) / B
         return found
 
