@@ -408,16 +408,19 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
     hand into the gradient of the states and of the head, forget the logits. Then push the states' gradient
     through the body once. Extra memory: a handful of (chunk_rows, V) tensors, whatever N is.
     """
-    states_ND = hidden_ND.detach()
+    # both sides' states are divided by the temperature instead of their logits: V/D times less to go over
+    states_ND = hidden_ND.detach() / temperature
     grad_ND = torch.empty_like(states_ND)
+    if teacher_hidden_NE is not None:
+        teacher_hidden_NE = teacher_hidden_NE / temperature
 
     def one_chunk(at: slice) -> tuple[Tensor, dict[str, Tensor]]:   # a function, so that all it made dies with it
         logits_NV = upcast(states_ND[at] @ head_VD.T).requires_grad_()
         teacher_NV = None
         if teacher_hidden_NE is not None:
-            teacher_NV = (upcast(teacher_hidden_NE[at] @ teacher_head_VE.T) / temperature).log_softmax(-1)
+            teacher_NV = upcast(teacher_hidden_NE[at] @ teacher_head_VE.T).log_softmax(-1)
         with torch.enable_grad():
-            rows = Rows((logits_NV / temperature).log_softmax(-1), teacher_NV=teacher_NV, shared=shared,
+            rows = Rows(logits_NV.log_softmax(-1), teacher_NV=teacher_NV, shared=shared,
                         **{name: None if value is None else value[at] for name, value in batch.items()})
             as_given = shared is None or divergence in TWO_VOCABULARIES
             loss_N = divergence(rows if as_given else on_shared(rows), args)
@@ -431,7 +434,7 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
             return loss_N.detach(), diagnostics(rows if shared is None else on_shared(rows))
 
     chunks = [one_chunk(slice(start, start + chunk_rows)) for start in range(0, max(1, len(states_ND)), chunk_rows)]
-    hidden_ND.backward(grad_ND)
+    hidden_ND.backward(grad_ND / temperature)
     return (torch.cat([loss_N for loss_N, _ in chunks]),
             {name: torch.cat([per_row[name] for _, per_row in chunks]) for name in chunks[0][1]})
 

@@ -21,8 +21,8 @@ LIBRARIES = 64 * 2**20      # what tokenizers, torch and its kernels take once t
 
 
 def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
-    """Rows whose float32 logits take 16 MB on a CPU (they should stay in cache) and 256 MB on a GPU."""
-    return cfg.chunk_rows or max(16, (2**22 if device.type == "cpu" else 2**26) // vocab_size)
+    """Rows whose float32 logits take 32 MB on a CPU (fewer would read the whole head for a handful of rows) and 256 MB on a GPU."""
+    return cfg.chunk_rows or max(16, (2**23 if device.type == "cpu" else 2**26) // vocab_size)
 
 
 def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool) -> int:
