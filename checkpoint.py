@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import parallel
 from tokenizer import UserError, read_json
 
 TEMPORARY = ".unfinished"
@@ -242,11 +243,11 @@ def trainable(model) -> list[tuple[str, torch.nn.Parameter]]:
 def trainer_tensors(model, optimizer, average=None) -> dict[str, torch.Tensor]:
     """What the Hugging Face folder beside it does not hold: the trained weights as stored (float32 masters,
     adapters unmerged), the optimizer's moments, and the running average where there is one."""
-    tensors = {f"average/{name}": p.detach().cpu() for name, p in average.named_parameters()} if average else {}
+    tensors = {f"average/{name}": parallel.on_host(p) for name, p in average.named_parameters()} if average else {}
     for name, parameter in trainable(model):
-        tensors[f"weight/{name}"] = parameter.detach().cpu()
+        tensors[f"weight/{name}"] = parallel.on_host(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.detach().cpu()
+            tensors[f"{key}/{name}"] = parallel.on_host(value)
     return tensors
 
 
@@ -254,12 +255,12 @@ def restore(tensors: dict[str, torch.Tensor], model, optimizer, average=None) ->
     moments = {}
     for name, parameter in average.named_parameters() if average else ():
         with torch.no_grad():
-            parameter.copy_(tensors.pop(f"average/{name}"))
+            parameter.copy_(parallel.like(tensors.pop(f"average/{name}"), parameter))
     for index, (name, parameter) in enumerate(trainable(model)):
         with torch.no_grad():
-            parameter.copy_(tensors.pop(f"weight/{name}"))
+            parameter.copy_(parallel.like(tensors.pop(f"weight/{name}"), parameter))
         own = [key for key in tensors if key.split("/", 1)[1] == name]
         if own:
-            moments[index] = {key.split("/", 1)[0]: tensors.pop(key) for key in own}
+            moments[index] = {key.split("/", 1)[0]: parallel.like(tensors.pop(key), parameter) for key in own}
     # the learning rate and its schedule belong to the configuration, not to the checkpoint
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

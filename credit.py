@@ -77,7 +77,8 @@ class Signals(NamedTuple):
     group_B: Tensor                         # int64: which problem a sequence answers, 0 ... G-1
     finished_B: Tensor                      # bool
     teacher_B: Tensor | None = None         # int64: which teacher scored a sequence
-    teacher_N: Tensor | None = None         # log q(a)
+    teacher_N: Tensor | None = None         # log q(a); for a teacher with another tokenizer its effective value
+    teacher_total_B: Tensor | None = None   # log q(response) where the effective values do not sum to it
     teacher_entropy_N: Tensor | None = None
     reference_N: Tensor | None = None       # log r(a)
     kl_N: Tensor | None = None              # KL(p||q) over the vocabulary
@@ -92,6 +93,11 @@ def sequence_mean(value_N: Tensor, s: Signals) -> Tensor:
     """(B,): mean over each sequence's rows."""
     zeros_B = torch.zeros(len(s.length_B), dtype=value_N.dtype, device=value_N.device)
     return zeros_B.scatter_add(0, s.sequence_N, value_N) / s.length_B
+
+
+def teacher_mean(s: Signals) -> Tensor:
+    """(B,): the teacher's log-prob of each response, per student token."""
+    return sequence_mean(s.teacher_N, s) if s.teacher_total_B is None else s.teacher_total_B / s.length_B
 
 
 def group_mean(value_B: Tensor, s: Signals, where_B: Tensor | None = None) -> Tensor:
@@ -126,14 +132,17 @@ def return_to_go(value_N: Tensor, s: Signals, discount: float) -> Tensor:
 
 # Advantages
 
+def log_ratio(s: Signals) -> Tensor:
+    return s.teacher_N - s.student_N
+
+
 def opd(s: Signals, args: CreditArgs) -> Tensor:
     """log q(a) - log b(a): minus the sampled reverse KL at this token.  Thinking Machines 2025, discount 0.
 
     With discount 1 each token also answers for the rest of its sequence: MiniLLM's return-to-go (Gu 2023,
     arXiv:2306.08543), the sequence-level reverse-KL gradient, at a far larger variance.
     """
-    ratio_N = s.teacher_N - s.student_N
-    return return_to_go(ratio_N, s, args.discount) if args.discount else ratio_N
+    return return_to_go(log_ratio(s), s, args.discount) if args.discount else log_ratio(s)
 
 
 def grpo(s: Signals, args: CreditArgs) -> Tensor:
@@ -159,7 +168,7 @@ def group_advantage(s: Signals, divide: bool) -> Tensor:
 def exopd(s: Signals, args: CreditArgs) -> Tensor:
     """(log q - log b) + (extrapolate - 1)(log q - log r).  G-OPD / ExOPD, arXiv:2602.12125. The optimum moves
     past the teacher, to r^(1-x) q^x; x = 1 is opd, 0 < x < 1 interpolates."""
-    return opd(s, args) + (args.extrapolate - 1) * (s.teacher_N - s.reference_N)
+    return log_ratio(s) + (args.extrapolate - 1) * (s.teacher_N - s.reference_N)
 
 
 def sg(s: Signals, args: CreditArgs) -> Tensor:
@@ -172,7 +181,7 @@ def sg(s: Signals, args: CreditArgs) -> Tensor:
     sg_conflict 1. A cut response says nothing about its tokens and is not extrapolated either. Gates `random`
     (as many tokens, drawn blindly) and `all` are the controls.
     """
-    a2_N = opd(s, args)
+    a2_N = log_ratio(s)
     verdict_B = torch.where(s.finished_B, group_advantage(s, divide=False), 0.0)
     agree_N = verdict_B[s.sequence_N] * a2_N > 0
     if args.sg_gate == "random":
@@ -189,7 +198,7 @@ def opdvr(s: Signals, args: CreditArgs) -> Tensor:
     """z max(0, z (log q - log b)), z = +1 for a right response, -1 for a wrong one.  OPDVR, arXiv:2608.24696:
     tokens on which teacher and verifier disagree get nothing."""
     z_N = (2 * s.reward_B - 1)[s.sequence_N]
-    return z_N * (z_N * opd(s, args)).clamp(min=0)
+    return z_N * (z_N * log_ratio(s)).clamp(min=0)
 
 
 def kdrl(s: Signals, args: CreditArgs) -> Tensor:
@@ -200,7 +209,7 @@ def kdrl(s: Signals, args: CreditArgs) -> Tensor:
     right_B = s.reward_B > 0
     masked_B = {"none": torch.zeros_like(right_B), "response": right_B,
                 "group": group_mean(s.reward_B, s)[s.group_B] > 0}[args.kdrl_mask]
-    return grpo(s, args) + torch.where(masked_B[s.sequence_N], 0.0, coef * opd(s, args))
+    return grpo(s, args) + torch.where(masked_B[s.sequence_N], 0.0, coef * log_ratio(s))
 
 
 def uni(s: Signals, args: CreditArgs) -> Tensor:
@@ -208,8 +217,8 @@ def uni(s: Signals, args: CreditArgs) -> Tensor:
     responses does not exceed that of wrong ones by uni_margin, half of what is missing is added to every
     token of the right ones and taken from the wrong ones. Groups with one outcome stay. Tokens with
     |log-ratio| >= uni_guard get no credit."""
-    ratio_N, right_B = opd(s, args), s.reward_B > 0
-    score_B = sequence_mean(ratio_N, s)
+    ratio_N, right_B = log_ratio(s), s.reward_B > 0
+    score_B = teacher_mean(s) - sequence_mean(s.student_N, s)
     if args.uni_gap == "mean":
         gap_G = group_mean(score_B, s, right_B) - group_mean(score_B, s, ~right_B)
     else:
@@ -226,7 +235,7 @@ def rlsd(s: Signals, args: CreditArgs) -> Tensor:
     """A clip(exp(sign(A)(log q - log b)), 1 - c, 1 + c), A from grpo.  RLSD, arXiv:2604.03128: the verifier
     sets the sign, the teacher (usually the student with privileged context) only the size."""
     advantage_N = grpo(s, args)
-    ratio_N = (advantage_N.sign() * (s.teacher_N - s.student_N)).exp()
+    ratio_N = (advantage_N.sign() * log_ratio(s)).exp()
     return advantage_N * ratio_N.clamp(1 - args.rlsd_clip, 1 + args.rlsd_clip)
 
 
@@ -237,14 +246,14 @@ def scope(s: Signals, args: CreditArgs) -> Tensor:
     perplexity^(-1/t) on the wrong. The launch scripts flip the former's sign (scope_sign code)."""
     right_B = s.reward_B > 0
     sign = 1.0 if args.scope_sign == "paper" else -1.0
-    log_ppl_B = torch.where(right_B, -sign * sequence_mean(s.student_N, s), sequence_mean(s.teacher_N, s))
+    log_ppl_B = torch.where(right_B, -sign * sequence_mean(s.student_N, s), teacher_mean(s))
     score_B = log_ppl_B / args.scope_temperature
     halves = s._replace(group_B=2 * s.group_B + right_B)        # the two halves of a group as groups of their own
     top_G = torch.full((int(halves.group_B.max()) + 1,), -torch.inf, dtype=score_B.dtype, device=score_B.device)
     # from the half's largest down: at a low temperature the exponential itself would overflow
     raw_B = (score_B - top_G.scatter_reduce(0, halves.group_B, score_B, "amax")[halves.group_B]).exp()
     weight_B = raw_B / group_mean(raw_B, halves)[halves.group_B]
-    return weight_B[s.sequence_N] * torch.where(right_B[s.sequence_N], 1.0, opd(s, args))
+    return weight_B[s.sequence_N] * torch.where(right_B[s.sequence_N], 1.0, log_ratio(s))
 
 
 def reopold_floor(args: CreditArgs) -> float:
@@ -256,7 +265,7 @@ def reopold_floor(args: CreditArgs) -> float:
 def reopold(s: Signals, args: CreditArgs) -> Tensor:
     """max(log q - log b, floor).  REOPOLD, arXiv:2603.11137: the reward of a mixture of teacher and student,
     which is bounded below; sources print the floor in two ways. Goes with the weight of the same name."""
-    return opd(s, args).clamp(min=reopold_floor(args))
+    return log_ratio(s).clamp(min=reopold_floor(args))
 
 
 ADVANTAGES = {"opd": opd, "grpo": grpo, "exopd": exopd, "sg": sg, "opdvr": opdvr, "kdrl": kdrl, "uni": uni, "rlsd": rlsd,
@@ -279,7 +288,7 @@ def fire(s: Signals, args: CreditArgs) -> Tensor:
     between responses. The official code takes the quantile inside micro-batches of one response, where it
     drops nothing.
     """
-    score_B = sequence_mean(s.teacher_N, s)
+    score_B = teacher_mean(s)
     part_B = s.teacher_B if args.fire_filter == "teacher" and s.teacher_B is not None else torch.zeros_like(s.group_B)
     keep_B = torch.ones_like(s.finished_B)
     for part in part_B.unique():

@@ -56,6 +56,9 @@ class Rows(NamedTuple):
     teacher_NV: Tensor | None = None        # log q; None when there is no teacher
     behavior_N: Tensor | None = None        # log b(a), stored by the sampler
     advantage_N: Tensor | None = None       # from ADVANTAGES
+    shared: tuple[Tensor, Tensor] | None = None     # teacher with another tokenizer: ids of the tokens both have
+    student_before_N: Tensor | None = None  # then, for gold: log b and log q of the tokens that stand before
+    teacher_before_N: Tensor | None = None  # this row in its chunk
 
     def student_N(self) -> Tensor:
         return self.student_NV.gather(1, self.token_N[:, None]).squeeze(1)
@@ -261,15 +264,67 @@ def eopd(r: Rows, args: LossArgs) -> Tensor:
     return policy_gradient(r, args) + args.eopd_alpha * torch.where(unsure_N, forward_N, 0.0)
 
 
+# A teacher with another tokenizer: two vocabularies.
+
+def on_shared(r: Rows) -> Rows:
+    """Both sides on the tokens that both vocabularies have, divided by their mass there: after this, any
+    divergence of the table compares them.  Strict 1:1 distillation, arXiv:2610.08448."""
+    student_id_K, teacher_id_K = r.shared
+    place_V = torch.zeros(r.student_NV.shape[1], dtype=torch.int64, device=student_id_K.device)
+    place_V[student_id_K] = torch.arange(len(student_id_K), device=student_id_K.device)
+    student_NK, teacher_NK = (logp_NV[:, id_K].log_softmax(-1) for logp_NV, id_K in
+                              ((r.student_NV, student_id_K), (r.teacher_NV, teacher_id_K)))
+    return r._replace(student_NV=student_NK, teacher_NV=teacher_NK, token_N=place_V[r.token_N], shared=None)
+
+
+def sorted_gap(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """sum_r |r-th largest p - r-th largest q|, the shorter side filled up with zeros."""
+    size = max(p_NV.shape[1], q_NV.shape[1])
+    p_NV, q_NV = (torch.nn.functional.pad(x_NV.sort(-1, descending=True).values, (0, size - x_NV.shape[1]))
+                  for x_NV in (p_NV, q_NV))
+    return (p_NV - q_NV).abs().sum(-1)
+
+
+def uld(r: Rows, args: LossArgs) -> Tensor:
+    """Universal logit distillation, Boizard 2024, arXiv:2402.12030: the Wasserstein distance of the two
+    distributions when every pair of tokens is equally far apart. It sees how peaked the teacher is, never on
+    which token. Rows are paired by their place in the response, whatever they say; no cross-entropy is
+    added."""
+    return sorted_gap(r.student_NV.exp(), r.teacher_NV.exp())
+
+
+def gold(r: Rows, args: LossArgs) -> Tensor:
+    """w JSD(beta) on the shared tokens + (1 - w) sorted gap on the others, w = shared / teacher vocabulary.
+    GOLD (TRL, 2025), hybrid form with bayesian merging: one row per chunk, its last distribution times the
+    probability of the chunk's earlier tokens (held fixed). Unlike the original, tokens are matched by their
+    bytes, the JSD gets distributions (each side divided by its shared mass; beta 0.5 as there) and rows are
+    not shifted by one."""
+    if r.shared is None:
+        return jsd(r, args)
+    student_id_K, teacher_id_K = r.shared
+    rest = []
+    for logp_NV, before_N, id_K in ((r.student_NV, r.student_before_N, student_id_K),
+                                    (r.teacher_NV, r.teacher_before_N, teacher_id_K)):
+        alone_V = torch.ones(logp_NV.shape[1], dtype=torch.bool, device=id_K.device)
+        alone_V[id_K] = False
+        rest.append((logp_NV[:, alone_V] + before_N[:, None]).exp())
+    share = len(teacher_id_K) / r.teacher_NV.shape[1]
+    return share * jsd(on_shared(r), args) + (1 - share) * sorted_gap(*rest)
+
+
 DIVERGENCES = {
     "reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd,
     "skewed_forward_kl": skewed_forward_kl, "skewed_reverse_kl": skewed_reverse_kl,
     "topk_reverse_kl": topk_reverse_kl, "topk_forward_kl": topk_forward_kl,
     "policy_gradient": policy_gradient, "k2": k2, "eopd": eopd, "cross_entropy": cross_entropy,
+    "uld": uld, "gold": gold,
 }
 ON_SAMPLES_ONLY = ("policy_gradient", "k2", "eopd")     # estimates that are wrong on responses the student did not write
 USES_ADVANTAGE = ("policy_gradient", "eopd")
 NEEDS_NO_TEACHER = ("policy_gradient", "cross_entropy")     # though an advantage may
+# teacher with another tokenizer: these look at their rows as they are, the others at the shared tokens of
+# both sides
+TWO_VOCABULARIES = (policy_gradient, cross_entropy, uld, gold)
 
 
 # The same numbers for every run, whatever its loss.
@@ -337,14 +392,15 @@ def summarise(per_row: dict[str, Tensor], position_N: Tensor, length_N: Tensor) 
 def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | None, batch: dict, scale_N: Tensor,
                      divergence, args: LossArgs, *, temperature: float, chunk_rows: int,
                      teacher_hidden_NE: Tensor | None = None, teacher_head_VE: Tensor | None = None,
-                     diagnose: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+                     shared: tuple[Tensor, Tensor] | None = None, diagnose: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Backward of sum_n scale_n loss_n without ever holding (N, V) logits. Returns (loss_N, diagnostics per
     row).
 
     hidden_ND      student states with their graph; teacher_hidden_NE the teacher's, constants.
     head_VD        student head cut to the real vocabulary, in the dtype of hidden_ND; no gradient of its own.
     head_grad_VD   where its gradient is added (None: the head is frozen).
-    batch          the (N,) fields of Rows: token_N, behavior_N, advantage_N.
+    batch          the (N,) fields of Rows: token_N, behavior_N, advantage_N ...
+    shared         of Rows; None when both sides have one vocabulary.
     scale_N        weight of each row over the denominator of the whole optimizer step, counted before the
                    first micro-batch.
 
@@ -361,17 +417,20 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
         if teacher_hidden_NE is not None:
             teacher_NV = (upcast(teacher_hidden_NE[at] @ teacher_head_VE.T) / temperature).log_softmax(-1)
         with torch.enable_grad():
-            rows = Rows((logits_NV / temperature).log_softmax(-1), teacher_NV=teacher_NV,
+            rows = Rows((logits_NV / temperature).log_softmax(-1), teacher_NV=teacher_NV, shared=shared,
                         **{name: None if value is None else value[at] for name, value in batch.items()})
-            loss_N = divergence(rows, args)
+            as_given = shared is None or divergence in TWO_VOCABULARIES
+            loss_N = divergence(rows if as_given else on_shared(rows), args)
             (grad_NV,) = torch.autograd.grad((loss_N * scale_N[at]).sum(), logits_NV)
         grad_ND[at] = grad_NV.to(states_ND.dtype) @ head_VD
         if head_grad_VD is not None:
             head_grad_VD.addmm_(grad_NV.T.to(head_grad_VD.dtype), states_ND[at].to(head_grad_VD.dtype))
         with torch.no_grad():
-            return loss_N.detach(), diagnostics(rows) if diagnose and teacher_NV is not None else {}
+            if not diagnose or teacher_NV is None:
+                return loss_N.detach(), {}
+            return loss_N.detach(), diagnostics(rows if shared is None else on_shared(rows))
 
-    chunks = [one_chunk(slice(start, start + chunk_rows)) for start in range(0, len(states_ND), chunk_rows)]
+    chunks = [one_chunk(slice(start, start + chunk_rows)) for start in range(0, max(1, len(states_ND)), chunk_rows)]
     hidden_ND.backward(grad_ND)
     return (torch.cat([loss_N for loss_N, _ in chunks]),
             {name: torch.cat([per_row[name] for _, per_row in chunks]) for name in chunks[0][1]})

@@ -4,10 +4,20 @@ Place in the loop: train.py prints it before the weights are loaded (or `python 
 from the two config.json files and the flags; nothing here allocates.
 """
 import ctypes
+import os
+import sys
+from dataclasses import replace
 
 import torch
 
+import parallel
 from model import ModelConfig, Transformer
+
+# (chunk_rows, V) float32 tensors that are alive at once inside losses.chunked_backward, both sides' logits
+# included
+CHUNK_TENSORS = {"cross_entropy": 4, "skewed_forward_kl": 10, "uld": 11, "skewed_reverse_kl": 13, "jsd": 14, "gold": 14}
+OTHER_DIVERGENCES = 7
+LIBRARIES = 64 * 2**20      # what tokenizers, torch and its kernels take once they are in use
 
 
 def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
@@ -15,39 +25,48 @@ def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
     return cfg.chunk_rows or max(16, (2**22 if device.type == "cpu" else 2**26) // vocab_size)
 
 
+def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool) -> int:
+    """Bytes that the forward pass of `tokens` tokens leaves for the backward pass. item: bytes of a product's dtype.
+
+    Per norm its input in float32, the normed value and its output; per projection its input (and, where the
+    masters are of another dtype, the cast weight); the turned q, k and v; attention's output twice, before and
+    after its heads are put side by side; four tensors of the MLP."""
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    norms = 2 * c.hidden_size * (4 + 2 * item) + (q + kv) * (4 + item) * (c.model_type == "qwen3")
+    per_layer = tokens * (norms + item * (3 * q + 2 * kv + 4 * c.intermediate_size))
+    if item < 4:
+        per_layer += item * (c.hidden_size * (2 * q + 2 * kv) + 3 * c.hidden_size * c.intermediate_size)
+    gradients = tokens * item * (2 * c.intermediate_size + c.hidden_size)       # of the layer at work
+    if checkpointing:
+        return per_layer + gradients + tokens * c.hidden_size * item * c.num_hidden_layers
+    return per_layer * c.num_hidden_layers + gradients
+
+
 def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int,
                 chunk_rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes, by what they are for. Weights, gradients, moments, cache and hidden rows are exact; activations
-    count the tensors that the backward pass keeps, and the allocator adds its own few percent."""
+    """Bytes, by what they are for. Weights, gradients, moments, cache and hidden rows are exact, the rest within a
+    few percent."""
     def size(config: ModelConfig) -> int:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in Transformer(config).parameters())
     item, s = dtype.itemsize, student
-    length = prompt + cfg.max_new_tokens
-    sequences = cfg.problems * cfg.samples
-    weights = size(s)
-    qkv = (s.num_attention_heads + 2 * s.num_key_value_heads) * s.head_dim
-    wide = qkv + s.num_attention_heads * s.head_dim + 3 * s.intermediate_size
-    adapters = cfg.lora_rank * s.num_hidden_layers * (
-        4 * s.hidden_size + qkv + s.num_attention_heads * s.head_dim + 3 * (s.hidden_size + s.intermediate_size))
-    trained = adapters or weights
+    length, sequences = prompt + cfg.max_new_tokens, cfg.problems * cfg.samples
+    rows, weights = sequences * cfg.max_new_tokens, size(s)
+    q, kv = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
+    adapters = cfg.lora_rank * s.num_hidden_layers * (4 * s.hidden_size + 2 * q + 2 * kv + 3 * (s.hidden_size + s.intermediate_size))
     tokens = max(min(cfg.micro_batch_tokens, sequences * length), length)
-    per_layer = tokens * (wide * item + s.hidden_size * (4 * item + 8))
-    kept_layers = per_layer * s.num_hidden_layers
-    if cfg.gradient_checkpointing:
-        kept_layers = per_layer + tokens * s.hidden_size * item * s.num_hidden_layers
     plan = {
         "student weights, float32": 4 * (weights + adapters),
-        "gradients and AdamW moments": 12 * trained,
+        "gradients and AdamW moments": 12 * (adapters or weights),
         "student copy for sampling": 0 if dtype == torch.float32 else item * weights,
-        "KV cache": (min(cfg.slots, sequences) * length * 2 * s.num_hidden_layers * s.num_key_value_heads * s.head_dim
-                     * item),
-        "activations of a micro-batch": kept_layers,
-        "logits of a chunk": 8 * 4 * min(chunk_rows, sequences * cfg.max_new_tokens) * vocab_size,
+        "KV cache": min(cfg.slots, sequences) * length * 2 * s.num_hidden_layers * kv * item,
+        "activations of a micro-batch": kept_activations(s, tokens, item, cfg.gradient_checkpointing),
+        "logits of a chunk": (CHUNK_TENSORS.get(cfg.divergence, OTHER_DIVERGENCES) * 4 * min(chunk_rows, rows) * vocab_size),
+        "libraries": LIBRARIES,
     }
     if teachers:
         plan["teacher weights"] = item * sum(map(size, teachers))
-        plan["teacher hidden states"] = sequences * cfg.max_new_tokens * max(t.hidden_size for t in teachers) * item
+        plan["teacher hidden states"] = rows * max(t.hidden_size for t in teachers) * item
     return plan
 
 
@@ -59,15 +78,52 @@ def peak(plan: dict[str, int]) -> int:
             + max(sum(plan[name] for name in phase) for phase in (rollout, update)))
 
 
-def print_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int, device, dtype) -> None:
-    plan = memory_plan(cfg, student, teachers, prompt, vocab_size, auto_chunk(cfg, vocab_size, device), dtype)
+def total_memory(device: torch.device) -> int:
+    """Bytes of the whole device; of the machine, shared by the processes, for a CPU. Not what is free: the sizes chosen from it decide in
+    which order sums are taken, and a resumed run has to take them in the same order."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    return whole // parallel.world()
+
+
+def fit(cfg, *plan_args, device: torch.device):
+    """cfg with micro_batch_tokens and slots filled in where they are 0: the largest of a few sizes with which the
+    plan stays below three quarters of the memory, or the smallest when none does."""
+    room = 0.75 * total_memory(device)
+    most = 2**14 if device.type == "cpu" else 2**16     # larger ones are no faster
+    for name, sizes in (("slots", [2**n for n in range(8, 2, -1)]), ("micro_batch_tokens", [most >> n for n in range(6)])):
+        if getattr(cfg, name):
+            continue
+        for size in sizes:
+            # the other one, not chosen yet, as small as it gets
+            trial = replace(cfg, **{name: size}, **({"micro_batch_tokens": 1} if name == "slots" and not cfg.micro_batch_tokens
+                                                    else {}))
+            if peak(parallel.per_process(memory_plan(trial, *plan_args))) <= room:
+                break
+        cfg = replace(cfg, **{name: size})
+    return cfg
+
+
+def print_plan(cfg, *plan_args, device: torch.device) -> None:
+    plan = parallel.per_process(memory_plan(cfg, *plan_args))
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.items() if size)
     total = peak(plan)
-    print(f"memory  about {size_text(total)} at the peak: {parts}")
+    print(f"memory  about {size_text(total)} at the peak: {parts} ({cfg.slots} slots, micro-batches of "
+          f"{cfg.micro_batch_tokens:,} tokens)")
     if device.type == "cuda" and total > (free := torch.cuda.mem_get_info(device)[0]):
         print(f"        only {size_text(free)} are free: lower --micro_batch_tokens, --slots or "
               f"--max_new_tokens, or use "
               f"--lora_rank or --gradient_checkpointing")
+
+
+def used_memory(device: torch.device, since: int = 0) -> int:
+    """Bytes: the most that was ever in use on a GPU; of a process the most resident memory, less `since`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource     # not on Windows
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024) - since
 
 
 def size_text(size: float) -> str:

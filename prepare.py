@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+import parallel
+from align import Bridge
 from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
 from eval import Problem, load_problems, template_variable
 from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
-from memory import auto_chunk, print_plan
+from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model, set_threads
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
@@ -45,11 +47,12 @@ class Setup:
     average: Transformer | None         # the self-teacher that follows the student slowly
     reference: Transformer | None       # for advantages that compare with the initial student
     tokenizer: Tokenizer
+    bridges: list[Bridge | None]        # per teacher: how it reads the student's text, when its tokenizer is another one
     train: list[Problem]                # those of --data, then those of --mix_data
     first: int                          # how many of them come from --data
     held_out: list[Problem]
     prompts: list[list[int]]            # of train, as the student reads them
-    privileged: list[list[int]] | None  # of train, as a teacher that is shown the solution reads them
+    teacher_prompts: list[list[int]] | None     # of train, as its teacher reads each; None = as the student does
     given: list[list[int]] | None       # reference responses of train, when some steps learn on them
     variables: dict                     # of the chat template; teacher_variables likewise
     teacher_variables: dict
@@ -141,18 +144,43 @@ def solutions(cfg, train: list[Problem], why: str) -> list[str]:
     return [problem.solution for problem in train]
 
 
-def privileged_prompts(cfg, tokenizer: Tokenizer, train: list[Problem], variables: dict, context: int):
-    """What a teacher reads that is shown the solution. A sibling's response is not written yet: only the room
-    for it is checked, and None returned."""
-    if cfg.privileged == "none":
+def find_bridge(cfg, student: Tokenizer, folder: Path, stop_ids: tuple[int, ...] | None) -> Bridge | None:
+    """None when the teacher in `folder` reads the student's ids as they are."""
+    theirs = Tokenizer(folder, cfg.chat_template)
+    if student.vocab() == theirs.vocab() and cfg.align == "auto":
+        check_same_tokens(student, theirs, stop_ids)
         return None
+    if cfg.divergence in ("k2", "eopd") or cfg.weight == "tip":
+        what = f"weight {cfg.weight}" if cfg.weight == "tip" else f"divergence {cfg.divergence}"
+        raise UserError(f"{what} needs a teacher with the student's tokenizer, and {folder} has another one; use "
+                        f"policy_gradient, or a divergence over the vocabulary")
+    if student.vocab() != theirs.vocab() and cfg.chunk_credit == "chunk" and cfg.discount and (
+            cfg.divergence == "policy_gradient" and cfg.advantage == "opd"):
+        raise UserError(f"--discount {cfg.discount:g} adds up the credit of later tokens, and --chunk_credit chunk "
+                        f"gives all of a chunk's to each of its tokens; use --chunk_credit prefix")
+    return Bridge(student, theirs if student.vocab() == theirs.vocab() else Tokenizer(folder))
+
+
+def teacher_prompts(cfg, tokenizers: list[Tokenizer], teacher_of: list[int], train: list[Problem], student: Tokenizer,
+                    variables: dict, contexts: list[int]) -> list[list[int]] | None:
+    """What its teacher reads of each problem: shown the solution (--privileged), or through its own tokenizer
+    and template. None when that is what the student reads. A sibling's response is not written yet: only the
+    room for it is checked."""
     sibling, template = cfg.privileged == "sibling", cfg.teacher_prompt or SHOWN_SOLUTION
-    shown = [""] * len(train) if sibling else solutions(cfg, train, "to show the teacher (--privileged solution)")
-    longest = [0] * cfg.max_new_tokens * sibling
-    ids = [tokenizer.prompt_ids(privileged_prompt(problem.prompt, text, template), **variables) + longest
-           for problem, text in zip(train, shown)]
-    check_lengths(cfg.data, train, ids, "max_new_tokens", cfg.max_new_tokens, context, "teacher")
-    return None if sibling else ids
+    if cfg.privileged == "none" and all(tokenizer is student for tokenizer in tokenizers):
+        return None
+    shown = None
+    if cfg.privileged != "none":
+        shown = [""] * len(train) if sibling else solutions(cfg, train, "to show the teacher (--privileged solution)")
+    ids, later = [], [0] * cfg.max_new_tokens * sibling
+    for number, problem in enumerate(train):
+        prompt = privileged_prompt(problem.prompt, shown[number], template) if shown else problem.prompt
+        ids.append(tokenizers[teacher_of[number]].prompt_ids(prompt, **variables))
+        check_lengths(cfg.data, [problem], [ids[-1] + later], "max_new_tokens", cfg.max_new_tokens, contexts[teacher_of[number]], "teacher")
+    if sibling:
+        return None if all(tokenizer is student for tokenizer in tokenizers) else [
+            tokenizers[which].prompt_ids(problem.prompt, **variables) for which, problem in zip(teacher_of, train)]
+    return ids
 
 
 def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transformer, dtype, device):
@@ -168,7 +196,8 @@ def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transfor
     return [student], None, cfg.self_teacher == "initial"
 
 
-def set_up(cfg) -> Setup:
+def set_up(cfg) -> tuple:
+    """(cfg with the sizes that were left to memory.fit, everything the loop works with)."""
     device = choose_device(cfg.device)
     dtype = compute_dtype(cfg, device)
     variables, teacher_variables = (dict(template_variable(pair) for pair in text.split(",") if pair)
@@ -180,14 +209,15 @@ def set_up(cfg) -> Setup:
     tokenizer = Tokenizer(folder, cfg.chat_template)
     stop_ids = parse_ids("stop_ids", cfg.stop_ids, tokenizer.vocab_size)
     parse_ids("skip_tokens", cfg.skip_tokens, tokenizer.vocab_size)
-    for found in teachers.values():
-        check_same_tokens(tokenizer, Tokenizer(found, cfg.chat_template), stop_ids)
-    tokenizer.stop_ids = stop_ids or tokenizer.stop_ids
+    tokenizer.stop_ids, own_stop_ids = stop_ids or tokenizer.stop_ids, stop_ids
+    bridges = [find_bridge(cfg, tokenizer, found, own_stop_ids) for found in teachers.values() or [folder] * (
+        cfg.teacher == "self")]
+    tokenizers = [bridge.teacher if bridge else tokenizer for bridge in bridges]
     configs = [load_config(found) for found in (folder, *teachers.values())]
-    for found, config in zip((folder, *teachers.values()), configs):
-        if config.vocab_size < tokenizer.vocab_size:
+    for found, config, text in zip((folder, *teachers.values()), configs, (tokenizer, *tokenizers)):
+        if config.vocab_size < text.vocab_size:
             raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of "
-                            f"tokenizer.json end at {tokenizer.vocab_size - 1}; the two files do not belong together")
+                            f"tokenizer.json end at {text.vocab_size - 1}; the two files do not belong together")
     context = min(config.context for config in configs)
     train, first = load_train(cfg)
     held_out = load_problems(cfg.eval_data, need_answer=True, limit=cfg.eval_limit or None)
@@ -196,18 +226,21 @@ def set_up(cfg) -> Setup:
     flag = "eval_max_new_tokens" if cfg.eval_max_new_tokens else "max_new_tokens"
     check_lengths(cfg.eval_data, held_out, [tokenizer.prompt_ids(problem.prompt, **variables) for problem in held_out], flag,
                   getattr(cfg, flag), context if cfg.eval_teacher else configs[0].context, "student")
-    privileged, given = privileged_prompts(cfg, tokenizer, train, teacher_variables, context), None
+    teacher_of, given = route(cfg, list(teachers), train), None
+    shown = teacher_prompts(cfg, tokenizers, teacher_of, train, tokenizer, teacher_variables,
+                            [config.context for config in configs[1:] or configs])
     if cfg.lmbda < 1 and cfg.responses == "solution":
         texts = solutions(cfg, train, "to learn from; or pass --responses teacher")
         given = [(tokenizer.encode(text) + [tokenizer.stop_ids[0]])[:cfg.max_new_tokens] for text in texts]
-    teacher_of = route(cfg, list(teachers), train)
-
     extra: list[ModelConfig] = configs[1:] or configs[:1] * (cfg.teacher == "self" and not
                                                              (cfg.lora_rank and cfg.self_teacher != "ema"))
     reference_folder = checkpoint_folder(cfg.reference) if cfg.reference else folder
     own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
-    print_plan(cfg, configs[0], extra + [load_config(reference_folder)] * bool(own_reference),
-               max(map(len, privileged or prompts)), tokenizer.vocab_size, device, dtype)
+    chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device)
+    plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference), max(map(len, shown or prompts)),
+                 tokenizer.vocab_size, chunk_rows, dtype)
+    cfg = fit(cfg, *plan_args, device=device)
+    print_plan(cfg, *plan_args, device=device)
     if cfg.plan:
         sys.exit(0)
     student = load_model(folder, compute_dtype=dtype, device=device)
@@ -215,11 +248,13 @@ def set_up(cfg) -> Setup:
     if cfg.lora_rank:
         student.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     student.gradient_checkpointing = cfg.gradient_checkpointing
+    parallel.shard(student)
     models, average, adapters_off = load_teachers(cfg, teachers, folder, student, dtype, device)
     reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False) if own_reference else None
+    parallel.shard(*models, reference)
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    return Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, train, first, held_out,
-                 prompts, privileged, given, variables, teacher_variables, auto_chunk(cfg, tokenizer.vocab_size, device))
+    return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train, first,
+                 held_out, prompts, shown, given, variables, teacher_variables, chunk_rows)
 
 
 def load_other(cfg, run: Setup) -> Transformer:

@@ -1,18 +1,21 @@
-"""Report: what can be said before the first step: do student and teacher match, does the loop vanish at its
-fixed point?
+"""Report: what can be said before the first step: do student and teacher match, do their tokenizers, does the
+loop vanish at its fixed point?
 
 Place in the loop: before it, on request (--report_only, --self_check).
 """
+import math
 from dataclasses import replace
 
 import torch
 
 import credit
 import losses
+import parallel
 from checkpoint import trainable
 from prepare import Setup, load_other
+from rollout import Rollout
 from step import Clock, collect, look, read
-from teacher import disagreement
+from teacher import Scores, disagreement
 from tokenizer import UserError
 from update import backward, row_scale, signals
 
@@ -27,7 +30,7 @@ def self_check(cfg, run: Setup) -> None:
     scale_N = row_scale(s, torch.ones_like(s.student_N), cfg.reduction)
     per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, vocab_size=run.vocab_size,
                        chunk_rows=run.chunk_rows)
-    norm = torch.stack([p.grad.norm() for _, p in trainable(run.student)]).norm().item()
+    norm = torch.stack([parallel.whole(p.grad.norm()) for _, p in trainable(run.student)]).norm().item()
     kl = per_row["reverse_kl"].abs().max().item()
     gap = (scores.logp_N - s.student_N).abs().mean().item()
     # these pull towards something else than the teacher even when both agree; decoding and scoring multiply
@@ -41,12 +44,60 @@ def self_check(cfg, run: Setup) -> None:
         raise UserError("--self_check failed: the student differs from itself; sampler, scoring and training disagree")
 
 
+def check_tokenizers(cfg, run: Setup) -> None:
+    """Teachers with another tokenizer: how well do the two fit on about 50 responses? Prints it, with one
+    response as both sides cut it; UserError when too little can be scored to learn from."""
+    if not any(run.bridges):
+        return
+    probe = replace(cfg, lmbda=1.0, cold_start_steps=0, problems=math.ceil(50 / cfg.samples))
+    rollout, s, scores, *_ = look(probe, run, 0, {}, Clock())
+    crossing, found = scores.crossing, scores.crossing.metrics()
+    advantage_N, size_N = crossing.by_mode[cfg.chunk_credit], crossing.size_N2[:, 0].clamp(max=4)
+    sizes = [f"{size}{'+' * (size == 4)}: {share:.1%} (A {advantage_N[crossing.across_N & (size_N == size)].mean():+.2f})"
+             for size in (1, 2, 3, 4) if (share := found[f"chunks_of_{size}{'+' * (size == 4)}"])]
+    print(f"tokens  {found['strict_coverage']:.1%} of the student's tokens have a teacher token of their own, "
+          f"{found['masked_share']:.1%} get no credit, {found['dropped_share']:.1%} of the responses cannot be read"
+          + "".join(f"; {why}: {count}" for why, count in crossing.dropped.items())
+          + f"\n        chunks by student tokens  {'  '.join(sizes)}  stop {found['stop_advantage']:+.2f}")
+    for line in picture(run, rollout, scores, cfg):
+        print(f"        {line}")
+    for value, holds, what, flag, enough in (
+            (found["strict_coverage"], found["strict_coverage"] >= cfg.min_coverage,
+             "of the student's tokens have a teacher token of their own", "min_coverage", math.floor),
+            (found["dropped_share"], found["dropped_share"] <= cfg.max_dropped, "of the responses cannot be read",
+             "max_dropped", math.ceil)):
+        if not holds:
+            raise UserError(f"{value:.1%} {what}, and --{flag} is {getattr(cfg, flag):.1%}: choose a teacher whose "
+                            f"tokenizer is closer to the student's, or set --{flag} {enough(100 * value) / 100:.2f}")
+
+
+def picture(run: Setup, rollout: Rollout, scores: Scores, cfg, most: int = 12) -> list[str]:
+    """One response that was read, chunk by chunk: what both sides cut, and the credit of each student
+    token."""
+    crossing = scores.crossing
+    if not crossing.readings:
+        return []
+    b = max(crossing.readings, key=lambda b: len(crossing.readings[b].student_chunk))
+    reading, bridge = crossing.readings[b], run.bridges[int(scores.teacher_B[b])]
+    advantage = crossing.by_mode[cfg.chunk_credit][crossing.sequence_N == b].tolist()
+    lines = [f"{'student':24}{'teacher':24}credit"]
+    chunks = list(dict.fromkeys(reading.student_chunk))
+    for chunk in chunks[:most]:
+        ours = [i for i, c in enumerate(reading.student_chunk) if c == chunk]
+        theirs = [j for j, c in enumerate(reading.teacher_chunk) if c == chunk] if chunk >= 0 else []
+        left, right = (" ".join(repr(text.decode([ids[k]], skip_special=False))[1:-1] for k in places) for text, ids, places in
+                       ((run.tokenizer, rollout.response(b), ours), (bridge.teacher, reading.ids, theirs)))
+        lines.append(f"{left:24}{right or '(not read)':24}" + " ".join(f"{advantage[i]:+.2f}" for i in ours))
+    return lines + [f"... {len(chunks) - most} more chunks"] * (len(chunks) > most)
+
+
 def report(cfg, run: Setup) -> int:
     """Compatibility before any step (Rethinking OPD, arXiv:2604.13016, section 2.3): do student and teacher
     think alike on the student's own tokens? Overlap near 1 and KL near 0: nothing to learn; low overlap mass:
     another pattern, try
     --cold_start_steps; in between is where OPD works. No number alone decides."""
     cfg = replace(cfg, lmbda=1.0, cold_start_steps=0)
+    check_tokenizers(replace(cfg, min_coverage=0.0, max_dropped=1.0), run)
     rollout, s, scores, _, asked, _ = look(cfg, run, 0, {}, Clock())
     settings = dict(temperature=cfg.temperature, chunk_rows=run.chunk_rows)
     tables = {"student and teacher": disagreement(read(cfg, run, [run.student], rollout), scores, **settings)}

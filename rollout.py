@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import parallel
 from model import KVCache, Transformer
 from tokenizer import UserError
 
@@ -61,6 +62,7 @@ class Rollout:
         responses, logps, entropies = ([row[mask] for row, mask in zip(part, mask_BT)] for part in parts)
         return assemble(prompts, responses, logps, entropies, self.finished_B.tolist(), self.tokens_BT.device)
 
+    @parallel.in_step
     def micro_batches(self, max_tokens: int, sequence_b: Tensor | None = None):
         """Yield (tokens_bt, mask_bt, row_n) of groups of sequences of similar length, each of at most
         max_tokens tokens padding included (or one sequence): of all sequences, or of those in sequence_b.
@@ -70,7 +72,7 @@ class Rollout:
         order, lengths = total_B.argsort(stable=True), total_B.tolist()
         if sequence_b is not None:
             order = order[torch.isin(order, sequence_b)]
-        for group in similar_lengths(order.tolist(), lengths, max_tokens):
+        for group in similar_lengths(order[parallel.owned(order)].tolist(), lengths, max_tokens):
             at, longest = torch.tensor(group, device=order.device), lengths[group[-1]]
             tokens_bt, mask_bt = self.tokens_BT[at, :longest], self.mask_BT[at, :longest]
             yield tokens_bt, mask_bt, row_BT[at, :longest][mask_bt]
@@ -189,7 +191,8 @@ class Slots:
     def live(self) -> int:
         return len(self.request)
 
-    def admit(self, requests: list[int], prompt_of: list[list[int]], limit_of: list[int], seed: int) -> Tensor:
+    def admit(self, requests: list[int], prompt_of: list[list[int]], limit_of: list[int], stream_of: list[int],
+              seed: int) -> Tensor:
         """Prefill the prompts of `requests` into the next free slots; return the hidden state (n, D) that
         predicts the first token of each. Requests with the same prompt object share one prefill row."""
         first = self.live
@@ -213,7 +216,7 @@ class Slots:
         for slot, r in enumerate(requests, first):
             # as uint64: a plain list of a huge and a small number becomes float64, and negative seeds one
             # stream
-            stream = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, r], dtype=np.uint64)))
+            stream = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, stream_of[r]], dtype=np.uint64)))
             self.uniform_ST[slot, :limit_of[r]] = torch.from_numpy(stream.random(limit_of[r], dtype=np.float32))
         self.request += requests
         self.length += [len(prompt_of[r]) for r in requests]
@@ -269,10 +272,12 @@ class Slots:
         self.length.pop()
 
 
+@parallel.divided
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int | list[int],
              stop_ids: tuple[int, ...], temperature: float = 1.0, seed: int = 0, slots: int = 64,
-             vocab_size: int | None = None, progress: str | None = None, compile: bool = False) -> Rollout:
+             vocab_size: int | None = None, progress: str | None = None, compile: bool = False,
+             numbers: list[int] | None = None) -> Rollout:
     """`samples` responses to each prompt; sequences i * samples ... belong to prompts[i].
 
     max_new_tokens   one limit, or one per prompt. A response ends with a stop token (kept) or at its limit.
@@ -281,6 +286,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
     progress         label of a progress bar; None = silent.
     compile          fuse the decode step with torch.compile (a C++ compiler is needed on a CPU). The first call of a
                      process takes half a minute more. Worth it where products are cheap beside the rest: bfloat16.
+    numbers          of the prompts, which number the random streams; None = 0, 1, ... (parallel.py writes a part).
     Ensures  logp_BT[mask_BT] == log-softmax of a plain forward pass over the same sequences (float32: 1e-5).
     Errors   UserError for an empty prompt, and for prompt + limit beyond the model's context.
     """
@@ -295,6 +301,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
                             f"{model.config.context}; shorten it or lower max_new_tokens")
     prompt_of = [prompt for prompt in prompts for _ in range(samples)]
     limit_of = [limit for limit in limits for _ in range(samples)]
+    stream_of = [n * samples + sample for n in numbers or range(len(prompts)) for sample in range(samples)]
     vocab_size = vocab_size or model.config.vocab_size
     stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
     n_slots = min(slots, len(prompt_of))
@@ -309,7 +316,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
             if queue and (n_slots - pool.live >= max(1, n_slots // 8) or not pool.live):
                 new = [queue.popleft() for _ in range(min(n_slots - pool.live, len(queue)))]
                 first = pool.live
-                pool.write(first, pool.admit(new, prompt_of, limit_of, seed), temperature)
+                pool.write(first, pool.admit(new, prompt_of, limit_of, stream_of, seed), temperature)
             for request, *result in pool.retire(stop):
                 done[request] = result
                 bar.update()

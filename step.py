@@ -20,13 +20,15 @@ from torch import Tensor
 
 import credit
 import losses
+import parallel
+from across import Crossing
 from checkpoint import RunFolder, write_text
 from credit import ADVANTAGES, WEIGHTS
 from data import SHOWN_SOLUTION, degenerate, pick, pick_mixed, privileged_prompt
 from eval import grade
 from prepare import Setup, needs
 from rollout import Rollout, from_responses, generate
-from teacher import Scores, disagreement, score, update_average
+from teacher import Scores, disagreement, distributions, score, update_average
 from tokenizer import UserError
 from update import backward, row_scale, signals, update
 
@@ -81,15 +83,41 @@ def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollo
         chosen = ask(cfg, run, step, cfg.problems * cfg.samples)
         return given(chosen, [run.given[i] for i in chosen])
     chosen = ask(cfg, run, step, cfg.problems)
-    rollout = write(cfg, run, run.actor if on_policy else run.teachers[0], [run.prompts[i] for i in chosen], cfg.samples,
-                    cfg.seed * 2**32 + step)
-    return rollout, [i for i in chosen for _ in range(cfg.samples)], on_policy
+    if not on_policy:
+        texts = teacher_writes(cfg, run, 0, run.prompts, chosen, cfg.samples, cfg.seed * 2**32 + step)
+        if not texts:
+            raise UserError(f"step {step}: nothing that the teacher wrote can be said in the student's tokens within "
+                            f"--max_new_tokens {cfg.max_new_tokens}; raise it, or --problems or --samples")
+        return given([i for i, _, _ in texts], [ids for _, ids, _ in texts])
+    rollout = generate(run.actor, [run.prompts[i] for i in chosen], samples=cfg.samples, stop_ids=run.tokenizer.stop_ids,
+                       vocab_size=run.vocab_size, seed=cfg.seed * 2**32 + step, **sampling(cfg))
+    return rollout, [i for i in chosen for _ in range(cfg.samples)], True
 
 
-def write(cfg, run: Setup, model, prompts: list[list[int]], samples: int, seed: int) -> Rollout:
-    return generate(model, prompts, samples=samples, max_new_tokens=cfg.max_new_tokens, stop_ids=run.tokenizer.stop_ids,
-                    temperature=cfg.temperature, slots=cfg.slots, seed=seed, vocab_size=run.vocab_size,
-                    progress="rollout" if cfg.max_new_tokens > 200 else None)
+def sampling(cfg) -> dict:
+    return dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, slots=cfg.slots,
+                progress="rollout" if cfg.max_new_tokens > 200 else None)
+
+
+def teacher_writes(cfg, run: Setup, number: int, prompts: list[list[int]], chosen: list[int], samples: int,
+                   seed: int) -> list[tuple[int, list[int], bool]]:
+    """(problem, response in the student's ids, finished) of what a teacher writes. With another tokenizer it
+    reads its own prompts, and what the student's cannot say exactly is left out."""
+    bridge = run.bridges[number]
+    text = bridge.teacher if bridge else run.tokenizer
+    if bridge:
+        prompts = run.teacher_prompts
+    rollout = generate(run.teachers[number], [prompts[i] for i in chosen], samples=samples, stop_ids=text.stop_ids,
+                       vocab_size=text.vocab_size, seed=seed, **sampling(cfg))
+    written = []
+    for b, finished in enumerate(rollout.finished_B.tolist()):
+        ids = rollout.response(b)
+        if bridge:
+            ids = bridge.translate(ids, finished)
+            if not ids or len(ids) > cfg.max_new_tokens:
+                continue
+        written.append((chosen[b // samples], ids, finished))
+    return written
 
 
 def right(cfg, run: Setup, problem: int, text: str) -> bool:
@@ -105,38 +133,56 @@ def rewards(cfg, run: Setup, texts: list[str], asked: list[int]) -> Tensor | Non
 
 
 def teacher_reads(cfg, run: Setup, rollout: Rollout, asked: list[int], texts: list[str], reward_B: Tensor | None,
-                  step: int) -> tuple[Rollout, Tensor]:
-    """(the sequences as the teachers read them, which of them it makes sense to learn from).
+                  step: int) -> tuple[list[list[int]] | None, Tensor]:
+    """(the prompts as the teachers read them, None = as the student does; which responses it makes sense to
+    learn from).
 
     sibling: the solution shown is a right, finished response of another sample to the same problem, drawn at
     random (the shortest one collapses training); a sample without such a sibling is not learned from.  SDPO,
     arXiv:2601.20802.
     """
     usable_B = torch.ones(len(asked), device=run.student.device)
-    if cfg.privileged == "none":
-        return rollout, usable_B
-    if cfg.privileged == "solution":
-        return rollout.with_prompts([run.privileged[i] for i in asked]), usable_B
+    prompts = run.teacher_prompts and [run.teacher_prompts[i] for i in asked]
+    if cfg.privileged != "sibling":
+        return prompts, usable_B
+    prompts = prompts or [run.prompts[i] for i in asked]
     good = [b for b, finished in enumerate(rollout.finished_B.tolist()) if finished and reward_B[b] > 0]
-    rng, prompts = random_of(cfg.seed, 3, step), []
+    rng = random_of(cfg.seed, 3, step)
     for b, i in enumerate(asked):
         siblings = [c for c in good if asked[c] == i and c != b]
         if not siblings:
             usable_B[b] = 0.0
-            prompts.append(run.prompts[i])
             continue
         shown = privileged_prompt(run.train[i].prompt, texts[siblings[rng.integers(len(siblings))]],
                                   cfg.teacher_prompt or SHOWN_SOLUTION)
-        prompts.append(run.tokenizer.prompt_ids(shown, **run.teacher_variables))
-    return rollout.with_prompts(prompts), usable_B
+        bridge = run.bridges[run.teacher_of[i]]
+        prompts[b] = (bridge.teacher if bridge else run.tokenizer).prompt_ids(shown, **run.teacher_variables)
+    return prompts, usable_B
 
 
-def read(cfg, run: Setup, models: list, rollout: Rollout, teacher_B: Tensor | None = None) -> Scores:
+def read(cfg, run: Setup, models: list, rollout: Rollout, teacher_B: Tensor | None = None,
+         prompts: list[list[int]] | None = None, crossing: Crossing | None = None) -> Scores:
     """score() with this run's settings."""
     if teacher_B is None:
         teacher_B = torch.zeros(len(rollout.length_B), dtype=torch.int64, device=run.student.device)
-    return score(models, rollout, teacher_B, vocab_size=run.vocab_size, temperature=cfg.temperature,
-                 max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows)
+    return score(models, rollout, teacher_B, vocab_size=run.vocab_size, temperature=cfg.temperature, prompts=prompts,
+                 max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, crossing=crossing)
+
+
+def cross(cfg, run: Setup, rollout: Rollout, on_policy: bool) -> Crossing | None:
+    """The notes of this step, when some teacher has another tokenizer."""
+    if not any(run.bridges):
+        return None
+    stops, stop_N = list(run.tokenizer.stop_ids), None
+    own = read(cfg, run, [run.student], rollout) if len(stops) > 1 or not on_policy else None
+    if not on_policy:       # nobody sampled given responses: their log-probs are not noted yet
+        rollout = replace(rollout, logp_BT=rollout.logp_BT.masked_scatter(rollout.mask_BT, own.logp_N.float()))
+    if len(stops) > 1:      # to stop is one event; the sampler noted only the stop token that it drew
+        (mine,) = own.parts
+        stop_N = parallel.spread([logp_NV[:, stops].logsumexp(-1) for _, logp_NV in
+                                  distributions(mine.hidden_nE, mine.head_VE, cfg.temperature, run.chunk_rows)], mine.place_N)
+    return Crossing(run.bridges, rollout, cfg, divergence=cfg.divergence, temperature=cfg.temperature,
+                    max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, stop_N=stop_N)
 
 
 def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
@@ -150,14 +196,16 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
         reward_B = rewards(cfg, run, texts, asked)
     with clock("score"):
         scores, more = None, {}
-        seen, usable_B = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
+        prompts, usable_B = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
+        crossing = cross(cfg, run, rollout, on_policy)
         if run.teachers:
+            teacher_B = torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device)
             with run.student.lora_off() if run.adapters_off else nullcontext():
-                scores = read(cfg, run, run.teachers, seen,
-                              torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device))
+                scores = read(cfg, run, run.teachers, rollout, teacher_B, prompts, crossing)
         if needs(cfg, "reference"):
             with nullcontext() if run.reference else run.student.lora_off():
-                more["reference_N"] = read(cfg, run, [run.reference or run.student], rollout).logp_N
+                reference_N = read(cfg, run, [run.reference or run.student], rollout).logp_N
+            more["reference_N"] = crossing.spread(reference_N) if crossing else reference_N
         if needs(cfg, "kl"):
             more["kl_N"] = disagreement(read(cfg, run, [run.student], rollout), scores, temperature=cfg.temperature,
                                         chunk_rows=run.chunk_rows)["reverse_kl"]
@@ -165,6 +213,14 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
     s = signals(rollout, torch.tensor([group_of[i] for i in asked], device=run.student.device), reward_B, scores,
                 progress=step / cfg.steps, seed=cfg.seed * 2**32 + step, **more)
     return rollout, s, scores, usable_B, asked, on_policy
+
+
+def taught(cfg, crossing: Crossing) -> Tensor | int:
+    """1 for rows that this run's loss can learn from across tokenizers: all, when it never asks the teacher."""
+    if cfg.divergence in losses.USES_ADVANTAGE:
+        asks = {cfg.advantage, cfg.weight} & set(credit.NEEDS["teacher"])
+        return crossing.scored_N if asks else 1
+    return 1 if cfg.divergence == "cross_entropy" else crossing.paired_N
 
 
 def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], clock) -> dict:
@@ -176,6 +232,9 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
     advantage_N = ADVANTAGES[cfg.advantage](s, cfg) if cfg.divergence in losses.USES_ADVANTAGE else None
     weight_N = WEIGHTS[cfg.weight](s, cfg) * credit.supervised(s, cfg) * usable_B[s.sequence_N]
     scale_N = row_scale(s, weight_N, cfg.reduction)
+    crossing = scores.crossing if scores else None
+    if crossing:
+        scale_N = scale_N * taught(cfg, crossing)       # rows without credit stay in the denominator
     sizes = dict(vocab_size=run.vocab_size, chunk_rows=run.chunk_rows)
     with clock("update"):
         for group in optimizer.param_groups:
@@ -192,7 +251,7 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
         more["sampled_entropy"] = s.student_entropy_N
     if advantage_N is not None:
         more["advantage"] = advantage_N
-    return {**metrics, **losses.summarise(more, s.position_N, s.length_B[s.sequence_N]),
+    return {**metrics, **(crossing.metrics() if crossing else {}), **losses.summarise(more, s.position_N, s.length_B[s.sequence_N]),
             "kept": (weight_N > 0).double().mean().item(),
             "reward": s.reward_B.mean().item() if s.reward_B is not None else float("nan"),
             "mean_length": s.length_B.double().mean().item(),
@@ -240,20 +299,18 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
             wanted |= dict.fromkeys(ask(cfg, run, step, cfg.problems))
         cold = pick(len(run.train), min(len(run.train), cfg.cold_start_steps * cfg.problems * cfg.samples), 0, cfg.seed)
         kept: dict[int, list] = {}
-        for number, model in enumerate(run.teachers):
+        for number in range(len(run.teachers)):
             ours = [i for i in {**wanted, **dict.fromkeys(cold)} if run.teacher_of[i] == number]
             if not ours:
                 continue
-            shown = run.privileged or run.prompts
-            rollout = write(cfg, run, model, [shown[i] for i in ours], cfg.pts_samples, cfg.seed * 2**32 + 2**31 + number)
-            for b, finished in enumerate(rollout.finished_B.tolist()):
-                i, response = ours[b // cfg.pts_samples], rollout.response(b)
+            for i, response, finished in teacher_writes(cfg, run, number, run.teacher_prompts or run.prompts, ours,
+                                                        cfg.pts_samples, cfg.seed * 2**32 + 2**31 + number):
                 text = run.tokenizer.decode(response)
                 if finished and not degenerate(text) and (run.train[i].answer is None or right(cfg, run, i, text)):
                     kept.setdefault(i, []).append(response)
         if not kept:
             raise UserError("no response of the teacher passed the filter (finished, no repetition, right "
                             "answer); raise --max_new_tokens or leave out --cold_start_steps and --pts_weight")
-        write_text(path, json.dumps(kept))
+        parallel.on_first(write_text, path, json.dumps(kept))
         print(f"teacher wrote {sum(map(len, kept.values()))} usable responses to {len(kept)} problems")
     return {int(i): responses for i, responses in json.loads(path.read_text()).items()}

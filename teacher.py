@@ -9,6 +9,7 @@ teacher 64 MiB). losses.py projects them a few rows at a time.
 
     one teacher            reads the student's own sequence
     several teachers       each reads the sequences that are routed to it; widths and families may differ
+    another tokenizer      reads the same text cut into its own tokens (across.py)
     the student itself     as it was at the start, as a running average, or as it is now, reading a prompt
                            that holds more than the student saw (a reference solution): self-distillation
 
@@ -16,23 +17,30 @@ Whatever it sees, a teacher scores the same response tokens, so rows keep their 
 used.
 """
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from losses import Rows, diagnostics, upcast
+import parallel
+from losses import Rows, diagnostics, on_shared, upcast
 from model import Transformer
 from rollout import Rollout
 from tokenizer import Tokenizer, UserError
+
+if TYPE_CHECKING:
+    from across import Crossing
 
 
 @dataclass(frozen=True)
 class Part:
     """The rows that one teacher scored."""
     sequence_b: Tensor      # int64: the sequences routed to it
-    place_N: Tensor         # int64: where a row of the step stands in hidden_nE; -1 = another teacher's row
+    place_N: Tensor         # int64: where the row's teacher state stands in hidden_nE; -1 = another teacher's
+                            # row, or (another tokenizer) one that no single token of the teacher answers
     hidden_nE: Tensor       # teacher's compute dtype: the states that predict the tokens
     head_VE: Tensor         # (real vocabulary, E), same dtype: upcast(hidden @ head.T) are the logits
+    shared: tuple[Tensor, Tensor] | None = None     # another tokenizer: ids of the tokens both have (losses.Rows)
 
 
 @dataclass(frozen=True)
@@ -43,57 +51,82 @@ class Scores:
     entropy_N: Tensor       # float32, nats
     teacher_B: Tensor       # int64: which teacher read a sequence
     parts: list[Part]
+    crossing: "Crossing | None" = None      # when some teacher has another tokenizer: which rows it could score
+
+
+def states(model: Transformer, rollout: Rollout, sequence_b: Tensor, place_N: Tensor, max_tokens: int) -> Tensor:
+    """(n, E): the states that predict the n response tokens of these sequences; row i of the rollout stands
+    at place_N[i]."""
+    n = int(rollout.mask_BT[sequence_b].sum())
+    hidden_nE = torch.empty(n, model.config.hidden_size, dtype=model.compute_dtype, device=rollout.tokens_BT.device)
+    for tokens_bt, mask_bt, row_n in rollout.micro_batches(max_tokens, sequence_b):
+        hidden_nE[place_N[row_n]] = model.response_hidden(tokens_bt, mask_bt)
+    return hidden_nE
+
+
+def distributions(hidden_nE: Tensor, head_VE: Tensor, temperature: float, chunk_rows: int):
+    """Yield (slice of rows, their log-probs over the vocabulary), chunk_rows rows at a time."""
+    for start in range(0, len(hidden_nE), chunk_rows):
+        at = slice(start, min(start + chunk_rows, len(hidden_nE)))
+        yield at, (upcast(hidden_nE[at] @ head_VE.T) / temperature).log_softmax(-1)
 
 
 @torch.no_grad()
 def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, vocab_size: int, temperature: float,
-          max_tokens: int, chunk_rows: int) -> Scores:
+          max_tokens: int, chunk_rows: int, prompts: list[list[int]] | None = None,
+          crossing: "Crossing | None" = None) -> Scores:
     """Every sequence b read by models[teacher_B[b]], `max_tokens` tokens at a time, heads `chunk_rows` rows
     at a time.
 
-    `rollout` holds what the teachers see: the student's, or Rollout.with_prompts of it. vocab_size cuts
-    padding rows off the heads: they stand for no token, and mass that leaks there would be lost to both sides
-    (Qwen2.5: 151,936 rows for one size, 152,064 for another, 151,665 tokens).
+    prompts    what is read before each response, in the ids of its teacher; None = what the student read.
+    crossing   knows which teachers have another tokenizer, and scores for them; None = none has.
+    vocab_size cuts padding rows off the heads: they stand for no token, and mass that leaks there would be
+    lost to both sides (Qwen2.5: 151,936 rows for one size, 152,064 for another, 151,665 tokens).
     """
-    n_rows, device = int(rollout.mask_BT.sum()), rollout.tokens_BT.device
+    device = rollout.tokens_BT.device
+    seen = rollout.with_prompts(prompts) if prompts else rollout
     token_N = rollout.rows(rollout.tokens_BT)
     sequence_N = rollout.rows(torch.arange(len(teacher_B), device=device)[:, None].expand_as(rollout.tokens_BT))
     dtype = torch.promote_types(models[0].compute_dtype, torch.float32)
-    logp_N, entropy_N = (torch.zeros(n_rows, dtype=dtype, device=device) for _ in range(2))
+    logp_N, entropy_N = (torch.zeros(len(token_N), dtype=dtype, device=device) for _ in range(2))
     parts = []
     for number, model in enumerate(models):
         sequence_b = (teacher_B == number).nonzero().squeeze(1)
         if not len(sequence_b):
             continue
-        mine_N = teacher_B[sequence_N] == number
-        place_N = torch.where(mine_N, mine_N.cumsum(0) - 1, -1)
+        rows = (teacher_B[sequence_N] == number).nonzero().squeeze(1)
+        if crossing and crossing.bridges[number]:
+            part, logp_N[rows], entropy_N[rows] = crossing.read(number, model, sequence_b, rows, seen)
+            parts.append(part)
+            continue
+        rows, sequence_b = rows[parallel.owned(sequence_N[rows])], sequence_b[parallel.owned(sequence_b)]
+        place_N = torch.full_like(sequence_N, -1)
+        place_N[rows] = torch.arange(len(rows), device=device)
         head_VE = model.head_weight()[:vocab_size].to(model.compute_dtype)
-        hidden_nE = torch.empty(int(mine_N.sum()), model.config.hidden_size, dtype=model.compute_dtype, device=device)
-        for tokens_bt, mask_bt, row_n in rollout.micro_batches(max_tokens, sequence_b):
-            hidden_nE[place_N[row_n]] = model.response_hidden(tokens_bt, mask_bt)
-        rows = mine_N.nonzero().squeeze(1)
-        for start in range(0, len(rows), chunk_rows):
-            at = rows[start:start + chunk_rows]
-            logp_NV = (upcast(hidden_nE[start:start + chunk_rows] @ head_VE.T) / temperature).log_softmax(-1)
-            logp_N[at] = logp_NV.gather(1, token_N[at, None]).squeeze(1)
-            entropy_N[at] = -(logp_NV.exp() * logp_NV).sum(-1)
+        hidden_nE = states(model, seen, sequence_b, place_N, max_tokens)
+        for at, logp_NV in distributions(hidden_nE, head_VE, temperature, chunk_rows):
+            logp_N[rows[at]] = logp_NV.gather(1, token_N[rows[at], None]).squeeze(1)
+            entropy_N[rows[at]] = -(logp_NV.exp() * logp_NV).sum(-1)
         parts.append(Part(sequence_b, place_N, hidden_nE, head_VE))
-    return Scores(logp_N, entropy_N, teacher_B, parts)
+    logp_N, entropy_N = (parallel.joined(x_N, parallel.owned(sequence_N)) for x_N in (logp_N, entropy_N))
+    return Scores(logp_N, entropy_N, teacher_B, parts, crossing)
 
 
 @torch.no_grad()
 def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_rows: int) -> dict[str, Tensor]:
     """losses.diagnostics, (N,) each, between one model's scores and another's on the same tokens: for credit
-    rules and reports that have to see them before the update. `student` is scored by a single model."""
+    rules and reports that have to see them before the update. `student` is scored by a single model. NaN on
+    rows that no single token of a teacher with another tokenizer answers."""
     out: dict[str, Tensor] = {}
     (mine,) = student.parts
     for part in teacher.parts:
-        for at in (part.place_N >= 0).nonzero().squeeze(1).split(chunk_rows):
+        for at in ((part.place_N >= 0) & (mine.place_N >= 0)).nonzero().squeeze(1).split(chunk_rows):
             p_NV, q_NV = ((upcast(side.hidden_nE[side.place_N[at]] @ side.head_VE.T) / temperature).log_softmax(-1)
                           for side in (mine, part))
-            for name, value in diagnostics(Rows(p_NV, at, q_NV)).items():
-                out.setdefault(name, torch.zeros_like(teacher.logp_N))[at] = value
-    return out
+            rows = Rows(p_NV, torch.zeros_like(at), q_NV, shared=part.shared)   # the token drawn plays no part
+            for name, value in diagnostics(on_shared(rows) if part.shared else rows).items():
+                out.setdefault(name, torch.full_like(teacher.logp_N, torch.nan))[at] = value
+    return parallel.joined(out, mine.place_N >= 0)
 
 
 @torch.no_grad()
@@ -101,7 +134,7 @@ def update_average(average: Transformer, student: Transformer, decay: float) -> 
     """average <- decay * average + (1 - decay) * student, LoRA merged: the EMA teacher of SDFT and SDPO."""
     weights = student.weights()
     for name, parameter in average.named_parameters():
-        parameter.lerp_(weights[name].to(parameter.dtype), 1 - decay)
+        parameter.lerp_(parallel.like(weights[name], parameter).to(parameter.dtype), 1 - decay)
 
 
 def check_same_tokens(student: Tokenizer, teacher: Tokenizer, stop_ids: tuple[int, ...] | None) -> None:

@@ -230,6 +230,10 @@ class Tokenizer:
         """Token -> id, added tokens included, in the tokenizer's own spelling."""
         return self._backend.get_vocab(with_added_tokens=True)
 
+    def description(self) -> dict:
+        """tokenizer.json as it is in use, the declarations of tokenizer_config.json included; a fresh copy."""
+        return json.loads(self._backend.to_str())
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text as it stands: nothing is added, the text of a special token becomes that token."""
         return self._backend.encode(text, add_special_tokens=False).ids

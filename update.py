@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import losses
+import parallel
 from checkpoint import trainable
 from credit import Signals
 from losses import DIVERGENCES
@@ -33,7 +34,8 @@ def signals(rollout: Rollout, group_B: Tensor, reward_B: Tensor | None = None, s
         student_entropy_N=rollout.rows(rollout.entropy_BT), sequence_N=sequence_N, position_N=position_N,
         length_B=rollout.length_B, group_B=group_B, finished_B=rollout.finished_B, reward_B=reward_B,
         teacher_B=scores.teacher_B if scores else None, teacher_N=scores.logp_N if scores else None,
-        teacher_entropy_N=scores.entropy_N if scores else None, **more)
+        teacher_entropy_N=scores.entropy_N if scores else None,
+        teacher_total_B=scores.crossing.total_B(scores.logp_N) if scores and scores.crossing else None, **more)
 
 
 def row_scale(s: Signals, weight_N: Tensor, reduction: str) -> Tensor:
@@ -55,24 +57,33 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
 
     Returns `loss` and, when there is a teacher, the diagnostics, each (N,) over all rows of the step.
     """
+    scale_N, advantage_N = parallel.same(scale_N), parallel.same(advantage_N)
     for _, parameter in trainable(student):     # zeros, not None: the head's gradient is added by hand
         parameter.grad = parameter.grad if add else torch.zeros_like(parameter)
-    head = student.head_weight()
+    head = parallel.take_head(student)
     head_grad_VD = head.grad[:vocab_size] if head.requires_grad else None
     head_VD = head.detach()[:vocab_size].to(student.compute_dtype)
     per_row: dict[str, Tensor] = {}
+    crossing = scores.crossing if scores else None
     for part in scores.parts if scores else [None]:
         for tokens_bt, mask_bt, row_n in rollout.micro_batches(cfg.micro_batch_tokens, part and part.sequence_b):
             batch = {"token_N": s.token_N[row_n], "behavior_N": s.student_N[row_n],
                      "advantage_N": None if advantage_N is None else advantage_N[row_n]}
+            if crossing:
+                batch |= {"student_before_N": crossing.student_before_N[row_n],
+                          "teacher_before_N": crossing.teacher_before_N[row_n]}
             loss_n, diagnosed = losses.chunked_backward(
                 student.response_hidden(tokens_bt, mask_bt), head_VD, head_grad_VD, batch, scale_N[row_n],
                 DIVERGENCES[divergence or cfg.divergence], cfg, temperature=cfg.temperature, chunk_rows=chunk_rows,
                 teacher_hidden_NE=part.hidden_nE[part.place_N[row_n]] if part else None,
-                teacher_head_VE=part.head_VE if part else None, diagnose=True)
+                teacher_head_VE=part.head_VE if part else None, shared=part.shared if part else None, diagnose=True)
+            if crossing:        # rows that stand beside no distribution of the teacher compare nothing
+                diagnosed = {name: torch.where(part.place_N[row_n] >= 0, value_n, torch.nan)
+                             for name, value_n in diagnosed.items()}
             for name, value_n in {"loss": loss_n, **diagnosed}.items():
                 per_row.setdefault(name, torch.zeros_like(scale_N))[row_n] = value_n.to(scale_N.dtype)
-    return per_row
+    parallel.give_head(student, head)
+    return parallel.joined(per_row, parallel.owned(s.sequence_N))
 
 
 def update(student: Transformer, optimizer, s: Signals, scale_N: Tensor, per_row: dict[str, Tensor],
@@ -80,7 +91,7 @@ def update(student: Transformer, optimizer, s: Signals, scale_N: Tensor, per_row
     """One optimizer step on the gradient that backward() left. Returns the step's loss, the gradient norm
     before clipping and the mean diagnostics. A loss or gradient that is not finite moves nothing: skipped =
     1."""
-    grad_norm = torch.nn.utils.clip_grad_norm_([p for _, p in trainable(student)], max_grad_norm)
+    grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_([p for _, p in trainable(student)], max_grad_norm))
     loss = (per_row.pop("loss") * scale_N).sum()
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
     if finite:

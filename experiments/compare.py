@@ -3,61 +3,177 @@
     python experiments/compare.py --seeds 5 opd fire sg topk grpo sft -- --steps 60
     python experiments/compare.py --seeds 3 opd "opd --lr 1e-3" "gkd --beta 0.1"
 
-Each row is a recipe and its flags; flags after -- go to every row. Runs go two at a time with one thread each
-(runs/compare/...), finished ones are not repeated. `at equal tokens` is the accuracy, interpolated between
-evaluations, at the moment when the row had generated as many student tokens as the row that generated fewest
-in all.
+Each row is a recipe and its flags; flags after -- go to every row. Runs go two at a time on two cores with one
+thread each (runs/compare/...), finished ones are not repeated. `at equal tokens` is the accuracy, interpolated
+between evaluations, at the moment when the row had generated as many student tokens as the row that generated
+fewest in all. `teacher tokens` are those that a teacher scored or wrote: given solutions are neither.
+
+The other scripts of this folder are built from the functions here: an arm is a label and a command line, a seed
+makes it a run, and an interval is over seeds.
 """
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import Callable, Iterable
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}   # t(0.975, n - 1)
+TOY = ROOT / "toy"
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from checkpoint import plain  # noqa: E402
+from prepare import needs  # noqa: E402
 
+# t(0.975, n - 1)
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+# Statistics
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half width of the 95 % t-interval over seeds)."""
+    """(mean, half width of the 95 % t-interval over seeds); the width of a single value is NaN."""
     n = len(values)
-    return float(np.mean(values)), STUDENT_T[n] * float(np.std(values, ddof=1)) / n ** 0.5 if n > 1 else float("nan")
+    half = STUDENT_T[n] * float(np.std(values, ddof=1)) / n ** 0.5 if n > 1 else float("nan")
+    return float(np.mean(values)), half
 
 
-def run(row: str, flags: list[str], seed: int, runs: Path) -> Path:
-    """Run one row with one seed; return its folder. The same call again finds the finished run."""
-    recipe, *own = shlex.split(row)
-    name = f"{row} {' '.join(flags)} {seed}".translate(str.maketrans({c: "_" for c in " /={}|"}))
-    command = [sys.executable, str(ROOT / "train.py"), "--recipe", recipe, *flags, *own, "--seed", str(seed),
-               "--runs", str(runs), "--name", name]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def percent(values: list[float], sign: str = "") -> str:
+    """`96.5% ± 0.2%`; with sign "+", for differences, `+1.5% ± 0.2%`."""
+    mean, half = interval(values)
+    return f"{mean:{sign}.1%} ± {half:.1%}" if half == half else f"{mean:{sign}.1%}"
+
+
+def number(values: list[float], form: str = ".2f") -> str:
+    mean, half = interval(values)
+    return f"{mean:{form}} ± {half:{form}}" if half == half else f"{mean:{form}}"
+
+
+def columns(rows: Iterable) -> list[list]:
+    """[(a, b), (c, d), ...] -> [[a, c, ...], [b, d, ...]]: one list per measure instead of one per seed."""
+    return [list(column) for column in zip(*rows)]
+
+
+def differences(values: list[float], baseline: list[float]) -> list[float]:
+    """Seed by seed: both share problems and the noise of the evaluation, so this is narrower than two
+    intervals."""
+    return [a - b for a, b in zip(values, baseline, strict=True)]
+
+
+# Runs
+
+def arguments(command: str, flags: str, seed: int, folder: Path) -> list[str]:
+    """train.py's command line for one run in `folder`; {seed} in a flag is this run's seed."""
+    recipe, *own = shlex.split(f"{command} ".replace("{seed}", str(seed)))
+    return ["--recipe", recipe, *shlex.split(flags.replace("{seed}", str(seed))), *own, "--seed", str(seed),
+            "--runs", str(folder.parent), "--name", folder.name]
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9.]+", "_", text).strip("_")
+
+
+def finished(folder: Path, line: list[str]) -> bool:
+    """Has exactly this run ended? (train.py would find that too, after loading torch, hundreds of times.)"""
+    if not (folder / "summary.json").exists():
+        return False
+    wanted = asdict(train.parse(line)[0])
+    found = json.loads((folder / "config.json").read_text())
+    return found == plain({key: value for key, value in wanted.items() if key not in train.NOT_THE_RUN})
+
+
+def run(label: str, command: str, flags: str, seed: int, runs: Path) -> Path:
+    """Run one arm with one seed; return its folder. The same call again finds the finished run."""
+    folder = runs / f"{slug(label)}-{seed}"
+    if finished(folder, arguments(command, flags, seed, folder)):
+        return folder
+    line = [sys.executable, str(ROOT / "train.py"), *arguments(command, flags, seed, folder)]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-    return runs / name
+        raise SystemExit(f"{shlex.join(line)}\n{done.stderr[-2000:]}")
+    return folder
 
 
-def curve(folder: Path, key: str) -> list[tuple[int, float, int, int]]:
-    """(step, accuracy, student tokens so far, tokens the teacher read so far) at every evaluation."""
-    points, tokens, read = [], 0, 0
-    for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]:
-        record = json.loads(line)
+def run_all(arms: dict[str, str], flags: str, seeds: int, runs: Path) -> dict[str, list[Path]]:
+    """label -> its finished runs, one per seed. arms: label -> recipe and flags."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        jobs = {label: [pool.submit(run, label, command, flags, seed, runs) for seed in range(seeds)]
+                for label, command in arms.items()}
+        try:
+            return {label: [job.result() for job in found] for label, found in jobs.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# What runs have left
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def accuracy_key(folder: Path) -> str:
+    """avg@k with the k of this run."""
+    return next(key for key in summary(folder)["after"] if re.fullmatch(r"avg@\d+", key))
+
+
+def curve(folder: Path) -> list[tuple[int, float, int, int]]:
+    """(step, accuracy, student tokens so far, teacher tokens so far) at every evaluation. The teacher's
+    tokens are those that it scored, and of those that it wrote the ones that passed the filter."""
+    cfg = train.Config(**json.loads((folder / "config.json").read_text()))
+    file = folder / "teacher_responses.json"
+    wrote = json.loads(file.read_text()).values() if file.exists() else ()
+    points, tokens, teacher = [], 0, sum(len(response) for responses in wrote for response in responses)
+    for record in records(folder):
         if "eval" in record:
-            points.append((record["step"], record["eval"][key], tokens, read))
+            points.append((record["step"], record["eval"][accuracy_key(folder)], tokens, teacher))
         else:
             tokens += record["tokens"] * record["on_policy"]
-            read += record["tokens"]
+            # a verifier reads alone, and solutions that came with the data need no teacher either
+            teacher += record["tokens"] * (needs(cfg, "teacher") and record["step"] > cfg.cold_start_steps)
     return points
 
 
-def run_all(rows: list[str], flags: list[str], seeds: int, runs: Path) -> dict[str, list[Path]]:
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        jobs = {row: [pool.submit(run, row, flags, seed, runs) for seed in range(seeds)] for row in rows}
-        return {row: [job.result() for job in found] for row, found in jobs.items()}
+def accuracy_by(folder: Path, kind: Callable[[dict], str], step: int | None = None) -> dict[str, float]:
+    """kind of problem -> accuracy on the held-out problems of this kind, at one evaluation (None: the last).
+    kind is a function of a problem's record."""
+    config = json.loads((folder / "config.json").read_text())
+    kinds = [kind(json.loads(line)) for line in Path(config["eval_data"]).read_text().splitlines()]
+    files = sorted((folder / "samples").glob("step-*.jsonl"))
+    file = files[-1] if step is None else folder / "samples" / f"step-{step:06d}.jsonl"
+    right: dict[str, list[bool]] = {}
+    for line in file.read_text().splitlines():
+        sample = json.loads(line)
+        right.setdefault(kinds[sample["problem"]], []).append(sample["correct"])
+    return {name: float(np.mean(found)) for name, found in right.items()}
+
+
+# Tables
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    for cells in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(map(str, cells)) + " |")
+    print(flush=True)
+
+
+def options(doc: str, name: str, seeds: int) -> argparse.Namespace:
+    """--seeds and --runs, for the scripts that take nothing else."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=seeds, choices=range(1, max(STUDENT_T) + 1), metavar="N",
+                        help=f"runs per arm, for the intervals (default: {seeds})")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="where the runs are kept")
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -69,22 +185,21 @@ def main() -> None:
     if "--" in own:
         own, flags = own[:own.index("--")], own[own.index("--") + 1:]
     args = parser.parse_args(own)
-    folders = run_all(args.rows, flags, args.seeds, args.runs)
-    key = next(k for k in json.loads((folders[args.rows[0]][0] / "summary.json").read_text())["after"] if k.startswith("avg@")
-               and not k.endswith("_ci"))
-    curves = {row: [curve(folder, key) for folder in found] for row, found in folders.items()}
-    budget = min(points[-1][2] for found in curves.values() for points in found if points[-1][2])
-    print(f"| recipe | {key} before | after | at equal tokens ({budget:,}) | student tokens | teacher tokens "
-          f"| seconds |\n"
-          + "|---" * 7 + "|")
-    for row, found in curves.items():
-        summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders[row]]
-        after = interval([points[-1][1] for points in found])
-        equal = interval([float(np.interp(budget, [p[2] for p in points], [p[1] for p in points])) for points in found])
-        print(f"| `{row}` | {np.mean([points[0][1] for points in found]):.1%} | {after[0]:.1%} ± {after[1]:.1%} | "
-              f"{equal[0]:.1%} ± {equal[1]:.1%} | {np.mean([points[-1][2] for points in found]):,.0f} | "
-              f"{np.mean([points[-1][3] for points in found]):,.0f} | "
-              f"{np.mean([s['seconds'] for s in summaries]):.0f} |")
+    found = run_all({row: row for row in args.rows}, shlex.join(flags), args.seeds,
+                    args.runs / (slug(" ".join(flags)) or "defaults"))
+    curves = {row: [curve(folder) for folder in folders] for row, folders in found.items()}
+    budget = min(points[-1][2] for row in curves.values() for points in row if points[-1][2])
+    rows = []
+    for row, points in curves.items():
+        seconds = [summary(folder)["seconds"] for folder in found[row]]
+        equal = [float(np.interp(budget, [p[2] for p in one], [p[1] for p in one])) for one in points]
+        last = [one[-1] for one in points]
+        rows.append([f"`{row}`", f"{np.mean([one[0][1] for one in points]):.1%}", percent([p[1] for p in last]),
+                     percent(equal) if any(p[2] for p in last) else "-", f"{np.mean([p[2] for p in last]):,.0f}",
+                     f"{np.mean([p[3] for p in last]):,.0f}", f"{np.mean(seconds):.0f}"])
+    key = accuracy_key(found[args.rows[0]][0])
+    table(["recipe", f"{key} before", "after", f"at equal tokens ({budget:,})", "student tokens", "teacher tokens",
+           "seconds"], rows)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import config  # noqa: E402
 import train  # noqa: E402
 from credit import ADVANTAGES, NEEDS, WEIGHTS, CreditArgs, Signals, supervised  # noqa: E402
 from losses import DIVERGENCES  # noqa: E402
@@ -675,10 +676,10 @@ RECIPE_NEEDS = {
     "sdpo": "teacher reward group", "sg": "teacher reward group reference", "exopd": "teacher reference",
     "opdvr": "teacher reward", "kdrl": "teacher reward group", "uni": "teacher reward group",
     "rlsd": "teacher reward group", "scope": "teacher reward group", "eopd": "teacher", "tip": "teacher kl",
-    "reopold": "teacher"}
+    "reopold": "teacher", "xtok": "teacher"}
 
 
-@pytest.mark.parametrize("recipe", list(train.RECIPES))
+@pytest.mark.parametrize("recipe", list(config.RECIPES))
 def test_what_a_recipe_needs(recipe):
     """fails if: a name leaves a line of NEEDS or USES_ADVANTAGE, or a row of RECIPES takes another entry"""
     cfg, _ = train.parse(["--recipe", recipe])
@@ -705,7 +706,7 @@ def test_what_flags_need(flags, what, expected):
 def test_every_entry_is_tested_and_in_the_readme(table):
     """fails if: an entry is added without naming it in a test and in a row of README.md"""
     names = {"ADVANTAGES": ADVANTAGES, "WEIGHTS": WEIGHTS, "DIVERGENCES": DIVERGENCES,
-             "RECIPES": train.RECIPES}[table]
+             "RECIPES": config.RECIPES}[table]
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     rows = "\n".join(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|"))
     assert [name for name in names if not re.search(rf"[\"']{name}[\"']", tests)] == [], "named in no test"

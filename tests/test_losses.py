@@ -151,6 +151,13 @@ def cross_entropy_ref(p, q, a, **_):
     return -np.log(p[a]), p - np.eye(len(p))[a]
 
 
+def uld_ref(p, q, **_):
+    slope = np.zeros(len(p))
+    for mine, theirs in zip(np.argsort(-p, kind="stable"), np.argsort(-q, kind="stable")):
+        slope[mine] = np.sign(p[mine] - q[theirs])
+    return sum(abs(a - b) for a, b in zip(sorted(p), sorted(q))), through_softmax(p, slope)
+
+
 TOPK_ARGS = [LossArgs(topk=k, support=support, topk_form=form)
              for k, support, form in product((1, 3, 7), CHOICES["support"], CHOICES["topk_form"])]
 SKEWS = [LossArgs(skew=skew) for skew in (0.0, 0.1, 0.9)]
@@ -165,6 +172,8 @@ REFERENCE = {       # a divergence without a line here fails test_every_entry_of
     "policy_gradient": (pg_ref, [LossArgs(), LossArgs(clip=0.5)]),
     "k2": (k2_ref, [LossArgs()]),
     "cross_entropy": (cross_entropy_ref, [LossArgs()]),
+    "uld": (uld_ref, [LossArgs()]),
+    "gold": (jsd_ref, [LossArgs(beta=beta) for beta in (0.3, 0.5)]),   # one vocabulary; two: test_across.py
 }
 CASES = [(name, args) for name, (_, all_args) in REFERENCE.items() for args in all_args]
 

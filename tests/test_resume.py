@@ -43,7 +43,8 @@ def result(folder):
     """What must not depend on interruptions: weights, moments, links, records and held-out answers."""
     def without_seconds(value):
         if isinstance(value, dict):
-            return {key: without_seconds(item) for key, item in value.items() if "seconds" not in key}
+            return {key: without_seconds(item) for key, item in value.items()
+                    if "second" not in key and key not in ("phases", "timings", "peak_memory")}
         return value
     texts = (folder / "metrics.jsonl").read_text().splitlines()
     texts += [(folder / name).read_text() for name in ("last/trainer.json", "summary.json")]

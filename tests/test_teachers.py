@@ -56,7 +56,7 @@ def ready(command, **flags):
     """(cfg, run) of a tiny run whose models are loaded."""
     cfg, _ = train.parse(command(**flags))
     train.check(cfg)
-    return cfg, prepare.set_up(cfg)
+    return prepare.set_up(cfg)
 
 
 def sizes(run):
@@ -185,9 +185,9 @@ def test_every_teacher_is_tested_on_its_own_problems(folder, command, monkeypatc
     cfg, run = ready(command, teacher=teachers, route="kind", data=folder / "routed.jsonl", eval_limit=0,
                      eval_data=folder / "routed.jsonl")
     read, real = [], train.test
-    def test(cfg, run, model, label):
+    def test(cfg, run, model, label, bridge):
         read.append((model, run.held_out))
-        return real(cfg, run, model, label)
+        return real(cfg, run, model, label, bridge)
     monkeypatch.setattr(train, "test", test)
     metrics = train.test_teachers(cfg, run)
     assert metrics["problems"] == 10 and [model for model, _ in read] == run.teachers
@@ -276,7 +276,7 @@ def test_the_signals_of_a_step(folder, command, flags):
         close(s.reference_N, told([reference], rollout, prompts))
         kl = [(p.exp() * (p - q)).sum(-1) for b, i in enumerate(asked) for p, q in (
             [predictions(model, prompt, rollout.response(b)).detach()
-             for model, prompt in ((run.student, prompts[b]), (run.teachers[0], run.privileged[i]))],)]
+             for model, prompt in ((run.student, prompts[b]), (run.teachers[0], run.teacher_prompts[i]))],)]
         close(s.kl_N, torch.cat(kl))
         tensors = [*s, scores.logp_N, scores.entropy_N, scores.parts[0].hidden_nE]
         assert not any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
@@ -294,7 +294,7 @@ def test_the_initial_self_teacher_stays_the_initial_policy(folder, command, lora
     initial, optimizer = load_model(folder / "student"), adamw(cfg, run)
     for step in range(3):
         rollout, s, scores, _, asked, _ = look(cfg, run, step, {}, Clock())
-        close(scores.logp_N, told([initial], rollout, [run.privileged[i] for i in asked]))
+        close(scores.logp_N, told([initial], rollout, [run.teacher_prompts[i] for i in asked]))
         own_N = told([run.student], rollout, [run.prompts[i] for i in asked])
         close(s.student_N, own_N)
         moved = (own_N - told([initial], rollout, [run.prompts[i] for i in asked])).abs().max().item()
@@ -317,7 +317,7 @@ def test_the_average_follows_the_student(folder, command, lora_rank):
     assert run.teachers == [run.average] and run.average is not run.student
     for step in range(3):
         rollout, _, scores, _, asked, _ = look(cfg, run, step, {}, Clock())
-        close(scores.logp_N, told([run.average], rollout, [run.privileged[i] for i in asked]))
+        close(scores.logp_N, told([run.average], rollout, [run.teacher_prompts[i] for i in asked]))
         train_step(cfg, run, optimizer, step, {}, Clock())
         now = {name: x.double() for name, x in run.student.weights().items()}
         expected = {name: 0.8 * x + 0.2 * now[name] for name, x in expected.items()}
@@ -334,7 +334,7 @@ def test_the_live_self_teacher_is_the_student(folder, command, lora_rank):
     _, other = ready(command, recipe="opsd", teacher="self", self_teacher="live", teacher_prompt=PROMPT,
                      lora_rank=lora_rank)
     loop.train_step(replace(cfg, privileged="solution", divergence="forward_kl"),
-                    replace(run, privileged=other.privileged), optimizer, 0, {}, Clock())
+                    replace(run, teacher_prompts=other.teacher_prompts), optimizer, 0, {}, Clock())
     _, s, scores, *_ = look(cfg, run, 1, {}, Clock())
     assert not (s.teacher_N.requires_grad or scores.parts[0].hidden_nE.requires_grad)
     record = train_step(cfg, run, optimizer, 1, {}, Clock())    # without a secret nothing is left to learn
@@ -485,15 +485,15 @@ def test_a_cold_start_imitates_the_teacher_then_switches(folder, command, recipe
 
 
 def writes(responses, calls):
-    """A stand-in for step.write: every prompt gets these (ids, finished)."""
-    def write(cfg, run, model, prompts, samples, seed):
+    """A stand-in for step.generate: every prompt gets these (ids, finished)."""
+    def generate(model, prompts, *, samples, seed, **_):
         calls.append((model, prompts, seed))
         both = [responses(prompt) for prompt in prompts]
         assert all(len(one) == samples for one in both)
         return from_responses([p for p in prompts for _ in range(samples)],
                               [ids for one in both for ids, _ in one],
                               [finished for one in both for _, finished in one], "cpu")
-    return write
+    return generate
 
 
 def test_only_good_responses_of_the_teacher_are_kept_and_written_once(folder, command, tmp_path, monkeypatch):
@@ -507,7 +507,7 @@ def test_only_good_responses_of_the_teacher_are_kept_and_written_once(folder, co
         return [(ids(run, f"0+{answer}"), True), (ids(run, answer, stop=False), False),
                 (ids(run, f"{answer}1"), True), (ids(run, "+" * 400 + answer), True)]
     calls = []
-    monkeypatch.setattr(loop, "write", writes(responses, calls))
+    monkeypatch.setattr(loop, "generate", writes(responses, calls))
     run_folder = SimpleNamespace(path=tmp_path)
     kept = teacher_responses(cfg, run, run_folder)
     asked = {i for step in range(4) for i in loop.ask(cfg, run, step, cfg.problems)}
@@ -515,7 +515,7 @@ def test_only_good_responses_of_the_teacher_are_kept_and_written_once(folder, co
     for i, mine in kept.items():
         good = [ids(run, f"0+{(i + 3) % 10}")]
         assert mine == (good if i else [*good, ids(run, "31")])
-    monkeypatch.setattr(loop, "write", None)
+    monkeypatch.setattr(loop, "generate", None)
     assert teacher_responses(cfg, run, run_folder) == kept
     assert teacher_responses(replace(cfg, pts_weight=0.0), run, run_folder) == {}       # nobody asks for them
 
@@ -523,7 +523,7 @@ def test_only_good_responses_of_the_teacher_are_kept_and_written_once(folder, co
 def test_a_teacher_without_one_good_response_is_an_error(folder, command, tmp_path, monkeypatch):
     """fails if: an empty table is written: the next start would train on nothing"""
     cfg, run = ready(command, cold_start_steps=1, pts_samples=1)
-    monkeypatch.setattr(loop, "write", writes(lambda prompt: [([1, 2], False)], []))
+    monkeypatch.setattr(loop, "generate", writes(lambda prompt: [([1, 2], False)], []))
     with pytest.raises(UserError, match="no response of the teacher passed"):
         teacher_responses(cfg, run, SimpleNamespace(path=tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -533,7 +533,7 @@ def test_every_problem_of_a_phased_step_is_written_by_its_teacher(folder, comman
     """fails if: the first teacher writes everything or after the student's prompt, one without problems ends
     the run, or problems of --mix_data are forgotten"""
     calls = []
-    monkeypatch.setattr(loop, "write", writes(lambda prompt: [([1, END], True)], calls))
+    monkeypatch.setattr(loop, "generate", writes(lambda prompt: [([1, END], True)], calls))
     mix = jsonl(tmp_path / "mix.jsonl", [dict(problem=f"7777777{a}", answer="1", solution="1", kind="b")
                                          for a in range(4)])
     for kinds, mixed in (("ab", True), ("a", False)):
@@ -553,7 +553,7 @@ def test_every_problem_of_a_phased_step_is_written_by_its_teacher(folder, comman
         assert set(kept) == set(wanted) and (max(wanted) >= 10) == mixed
         written = {(run.teachers.index(model), tuple(prompt)) for model, prompts, _ in calls
                    for prompt in prompts}
-        assert written == {(run.teacher_of[i], tuple(run.privileged[i])) for i in wanted}
+        assert written == {(run.teacher_of[i], tuple(run.teacher_prompts[i])) for i in wanted}
         assert len({seed for *_, seed in calls}) == len(calls) == len(kinds)
 
 
@@ -562,13 +562,13 @@ def test_a_resumed_run_reads_the_teachers_responses(folder, command, tmp_path, m
     flags = dict(recipe="sg", steps=3, save_every=1, pts_weight=0.5, pts_hold=1.0, pts_end=1.0,
                  cold_start_steps=1, lr=0.01,
                  pts_samples=2)
-    calls, real = [], loop.write
-    def write(cfg, run, model, prompts, samples, seed):
-        if samples == 2 and model in run.teachers:
+    calls, real = [], loop.generate
+    def write(model, prompts, *, samples, **more):
+        if more["seed"] % 2**32 >= 2**31:       # the seeds of what a teacher writes
             both = writes(lambda prompt: [([(prompt[0] + 3) % 10, END], True), ([1, 2], False)], calls)
-            return both(cfg, run, model, prompts, samples, seed)
-        return real(cfg, run, model, prompts, samples, seed)
-    monkeypatch.setattr(loop, "write", write)
+            return both(model, prompts, samples=samples, **more)
+        return real(model, prompts, samples=samples, **more)
+    monkeypatch.setattr(loop, "generate", write)
     assert train.main(command(**flags, runs=tmp_path / "whole")) == 0
     interrupted(monkeypatch, command, 2, **flags)
     assert len(calls) == 2                      # once per run
@@ -664,10 +664,9 @@ def test_a_sibling_is_a_right_finished_response_of_another_sample(folder, comman
         seen, usable_B = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
         again, _ = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
         assert usable_B.tolist() == [float(bool(who)) for who in allowed]
-        assert torch.equal(seen.tokens_BT, again.tokens_BT)
+        assert seen == again
         for b in range(8):
-            assert seen.response(b) == rollout.response(b)
-            shown[b].add(tuple(seen.tokens_BT[b, :seen.prompt_len_B[b]].tolist()))
+            shown[b].add(tuple(seen[b]))
     for b, i in enumerate(asked):
         prompt, form = run.train[i].prompt, template or SHOWN_SOLUTION
         expected = {tuple(run.tokenizer.prompt_ids(privileged_prompt(prompt, texts[c], form)))
@@ -683,7 +682,7 @@ def test_a_sample_without_a_sibling_is_not_learned_from(folder, command, monkeyp
     seen, _ = teacher_reads(cfg, run, rollout, asked, texts, loop.rewards(cfg, run, texts, asked), 0)
     kl = [(p.exp() * (p - q)).sum(-1) for p, q in (
         (predictions(run.student, run.prompts[i], rollout.response(b)),
-         predictions(run.teachers[0], seen.tokens_BT[b, :seen.prompt_len_B[b]].tolist(), rollout.response(b)))
+         predictions(run.teachers[0], seen[b], rollout.response(b)))
         for b, i in enumerate(asked))]
     kept = torch.cat([kl_n for kl_n, who in zip(kl, allowed) if who])
     loss = kept.mean()

@@ -74,3 +74,13 @@ def test_25_steps_of_a_recipe_teach_the_student(recipe, lr, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     kl = [record["reverse_kl"] for record in records if "reverse_kl" in record]
     assert kl[-1] < 0.25 * kl[0]
+
+
+@pytest.mark.parametrize("recipe,steps", [("opsd", 15), ("sdpo", 10)])
+def test_self_distillation_teaches_a_student_that_is_shown_solutions(recipe, steps, tmp_path):
+    """Full size, seed 0: opsd 27 % -> 35, 42, 50, 56 % after 15, 30, 45, 60 steps; sdpo 29 % -> 99 % in 30.
+    fails if: the teacher does not read the solution, or the clip works on the wrong side."""
+    flags = f"--recipe {recipe} --lr 3e-4 --steps {steps} --eval_limit 50 --eval_k 4 --eval_every 0"
+    assert train.main([*flags.split(), "--runs", str(tmp_path), "--name", "a"]) == 0
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["after"]["avg@4"] > summary["before"]["avg@4"] + 0.15

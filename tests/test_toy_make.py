@@ -6,6 +6,7 @@ their own, which reads a problem by character and knows nothing of make.py.
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from tokenizer import Tokenizer  # noqa: E402
 TOY = ROOT / "toy"
 PAIRS = [(prefix + "train.jsonl", prefix + "test.jsonl") for prefix in ("", "mixed_")]
 FILES = [name for pair in PAIRS for name in pair]
-SHOWN = "<|user|>3+8*2?<|assistant|>"
+ASKED = {"bytes": "<|user|>3+8*2?<|assistant|>", "pieces": "<s>[INST] 3+8*2? [/INST]",
+         "long_words": "<|im_start|>user\n3+8*2?<|im_end|>\n<|im_start|>assistant\n"}
+ANSWERED = {"bytes": "3+8=1;1*2=2#2<|end|>", "pieces": "3+8=1;1*2=2#2</s>",
+            "long_words": "3+8=1;1*2=2#2<|im_end|>\n"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -128,6 +132,38 @@ def test_slips_are_marked_and_followed_correctly():
     assert n_slips > 300        # of 2000 steps 3 in 10 have a slip, a few of which change nothing
 
 
+def test_the_unreliable_teacher_takes_7_for_8_in_products_only():
+    """fails if: `confused` touches sums, differences or other products, or is not consistent."""
+    for left in range(10):
+        assert make.confused(left, "*", 7) == left * 8 % 10 and make.confused(left, "*", 8) == left * 7 % 10
+        for operator in "+-*":
+            for right in (0, 1, 2, 3, 4, 5, 6, 9) if operator == "*" else range(10):
+                assert make.confused(left, operator, right) == make.apply(left, operator, right)
+
+
+def answers(name, problems):
+    _, samples = evaluate(load_model(TOY / name), Tokenizer(TOY / name), problems, k=1, seed=0, temperature=1.0,
+                          max_new_tokens=make.MAX_NEW_TOKENS, slots=200)
+    return samples
+
+
+def test_the_unreliable_teacher_errs_on_what_it_was_taught_wrong():
+    """fails if: its errors are spread over all problems (then a verifier's sign says nothing about the teacher)."""
+    problems = load_problems(TOY / "test.jsonl", need_answer=True)
+    hit = [any(f"*{digit}" in p.prompt for digit in "78") for p in problems]
+    right = [sample["correct"] for sample in answers("teacher_unreliable", problems)]
+    assert sum(r for r, h in zip(right, hit) if h) < 0.35 * sum(hit)
+    assert sum(r for r, h in zip(right, hit) if not h) > 0.97 * (len(hit) - sum(hit))
+
+
+def test_self_is_right_when_it_is_shown_a_calculation():
+    """fails if: the shown calculation is not used: a self-teacher that knows no more than the student."""
+    problems = load_problems(TOY / "test.jsonl", need_answer=True, limit=100)
+    shown = [replace(p, prompt=f"{p.solution}|{p.prompt}") for p in problems]
+    assert sum(sample["correct"] for sample in answers("self", shown)) >= 95
+    assert sum(sample["correct"] for sample in answers("self", problems)) <= 50
+
+
 def test_untrained_places_are_outside_the_mask():
     """fails if: the mask is shifted by one, covers the prompt, leaves out the stop token or trains a slip."""
     tokenizer = Tokenizer(TOY / "teacher")
@@ -137,6 +173,17 @@ def test_untrained_places_are_outside_the_mask():
     trained = tokenizer.decode(tokens_BT[0][mask_BT[0]], skip_special=False)
     assert trained == "1+2=;9+3=2;2+4=6;6+5=1#1<|end|>"
     assert tokenizer.decode(tokens_BT[0][~mask_BT[0]]) == "1+2+3+4+5?9"
+
+
+def test_a_word_that_a_slip_changed_is_not_trained():
+    """fails if: untrained places are taken for tokens, a word is trained although a slip is in it, or one that ends
+    early because of a slip (`1;` before a wrong digit, else `1;1`): the teacher would learn to make slips."""
+    tokenizer, calculation = Tokenizer(TOY / "teacher_bpe"), "1+2=3;4*3=2;2-1=5;5+0=5#5"
+    ids = tokenizer.encode(calculation)
+    kept = make.trained(tokenizer, ids, [6, 16])
+    assert [(tokenizer.decode([i]), k) for i, k in zip(ids, kept)] == [
+        ("1", True), ("+2=", True), ("3;", False), ("4", False), ("*3=", True), ("2;2", True), ("-1=", False),
+        ("5;5", False), ("+0=", True), ("5", True), ("#", True), ("5", True)]
 
 
 def test_held_out_problems_are_never_trained_on():
@@ -149,25 +196,53 @@ def test_held_out_problems_are_never_trained_on():
 
 @pytest.mark.parametrize("name", make.CHECKPOINTS)
 def test_tokenizer_round_trip(name):
-    """fails if: a text does not come back, a byte is not one token, or the special tokens are not ids 256 to
-    258."""
-    tokenizer = Tokenizer(TOY / name)
+    """fails if: a text does not come back, or a checkpoint's tokenizer is not the one that make.py names."""
+    tokenizer, kind = Tokenizer(TOY / name), make.CHECKPOINTS[name].tokenizer
     for text in ("3+8*2-4+1?", "3+8=1;1*2=2#2", " two  spaces\n", "é, 数, 🙂"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert len(tokenizer.encode(text)) == len(text.encode())
-    assert tokenizer.encode("".join(make.SPECIAL)) == [256, 257, 258]
-    assert (tokenizer.vocab_size, tokenizer.stop_ids) == (259, (256,))
+        assert kind != "bytes" or len(tokenizer.encode(text)) == len(text.encode())
+    assert [tokenizer.decode([i], skip_special=False) for i in tokenizer.stop_ids] == [make.TOKENIZERS[kind]()[1][0]]
+    if kind == "bytes":
+        assert tokenizer.encode("<|end|><|user|><|assistant|>") == [256, 257, 258]
+        assert (tokenizer.vocab_size, tokenizer.stop_ids) == (259, (256,))
+
+
+@pytest.mark.parametrize("name, words", [
+    ("teacher_sp", "3 + 8 = 1 ;1 * 2 = 2 ;2 - 4 = 8 ;8 + 1 = 9 # 9"),
+    ("teacher_bpe", "3 +8= 1;1 *2= 2;2 -4= 8;8 +1= 9 # 9")])
+def test_another_tokenizer_cuts_a_calculation_elsewhere(name, words):
+    """fails if: a merge is lost, or ranks below another that it should come before."""
+    tokenizer = Tokenizer(TOY / name)
+    ids = tokenizer.encode("3+8=1;1*2=2;2-4=8;8+1=9#9")
+    assert [tokenizer.decode([i]) for i in ids] == words.split()
+
+
+def test_a_character_without_a_piece_is_written_in_bytes():
+    """fails if: byte_fallback is off (then it is <unk>), or a piece <0xHH> has another id than 3 + the byte."""
+    assert Tokenizer(TOY / "teacher_sp").encode("é") == [3 + byte for byte in "é".encode()]
+
+
+@pytest.mark.parametrize("name", ["teacher", "teacher_sp", "teacher_bpe"])
+def test_transformers_reads_the_tokenizer_alike(name):
+    """fails if: transformers cannot read the files, or cuts a text or renders a chat otherwise."""
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = Tokenizer(TOY / name), transformers.AutoTokenizer.from_pretrained(TOY / name)
+    for text in ("3+8=1;1*2=2#2", " é, 数"):
+        assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
+    chat = [{"role": "user", "content": "3+8*2?"}]
+    assert theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == ours.prompt_ids(chat)
+    assert theirs.eos_token_id == ours.stop_ids[0]
 
 
 @pytest.mark.parametrize("name", make.CHECKPOINTS)
 def test_chat_template(name):
-    """fails if: a turn is rendered otherwise than it was trained, the prompt does not end with <|assistant|>,
+    """fails if: a turn is rendered otherwise than it was trained, the prompt does not end where the answer begins,
     or the assistant's turn is not closed."""
-    tokenizer = Tokenizer(TOY / name)
+    tokenizer, kind = Tokenizer(TOY / name), make.CHECKPOINTS[name].tokenizer
     chat = [{"role": "user", "content": "3+8*2?"}, {"role": "assistant", "content": "3+8=1;1*2=2#2"}]
-    assert tokenizer.render(chat[:1]) == SHOWN
-    assert tokenizer.render(chat, add_generation_prompt=False) == SHOWN + "3+8=1;1*2=2#2<|end|>"
-    assert tokenizer.prompt_ids("3+8*2?") == tokenizer.encode(SHOWN)
+    assert tokenizer.render(chat[:1]) == ASKED[kind]
+    assert tokenizer.render(chat, add_generation_prompt=False) == ASKED[kind] + ANSWERED[kind]
+    assert tokenizer.prompt_ids("3+8*2?") == tokenizer.encode(ASKED[kind])
 
 
 @pytest.mark.parametrize("name", make.CHECKPOINTS)
@@ -176,8 +251,8 @@ def test_accuracy_is_as_promised(name):
     make.py promises (widened by 3 standard errors of 50 problems, at most 0.1), or does not stop on problems
     that it knows. Half of the specialists' problems are strange to them: there they may ramble."""
     c, tokenizer, model = make.CHECKPOINTS[name], Tokenizer(TOY / name), load_model(TOY / name)
-    assert (model.config.vocab_size, model.disk_dtype) == (make.VOCAB_ROWS, torch.bfloat16)
-    assert model.config.vocab_size > tokenizer.vocab_size
+    assert model.disk_dtype == torch.bfloat16
+    assert 0 < model.config.vocab_size - tokenizer.vocab_size <= 8
     problems = load_problems(TOY / c.test, need_answer=True, limit=50)
     metrics, _ = evaluate(model, tokenizer, problems, k=4, seed=1, temperature=1.0,
                           max_new_tokens=make.MAX_NEW_TOKENS, slots=200)

@@ -9,17 +9,21 @@ Place in the loop: before it. `python train.py` without arguments reads the file
     teacher     writes every calculation out and is right (99 %); knows how to go on after a wrong step too
     student     can write out, but answers directly nine times in ten; has rarely seen a `*`
     teacher_low, teacher_high   two specialists: one never saw `*`, the other nothing else
-    self        copies a calculation that it is shown before the problem (`calculation|problem`), on its own is often wrong
-    train.jsonl, test.jsonl     problems to practise on, and held-out ones that teacher, student and self never saw
-    mixed_train.jsonl, mixed_test.jsonl     the same for the specialists, each problem of `kind` low or high (the teacher and
-                student may have met a few of these 200 in pretraining)
+    teacher_unreliable          takes 7 for 8, and 8 for 7, in products: sure of itself, wrong on a problem in five
+    teacher_sp, teacher_bpe     as good as the teacher, but with other tokens, chat template and stop token
+    self        shown a calculation before the problem (`calculation|problem`) it writes it out and is right; on
+                its own it could do so too, but mostly answers directly
+    train.jsonl, test.jsonl     problems to practise on, and held-out ones that teacher, student and self never
+                saw, nor any other checkpoint but the specialists
+    mixed_train.jsonl, mixed_test.jsonl     the same for the specialists, each problem of `kind` low or high
+                (the other checkpoints may have met a few of these 200 in pretraining)
 
-Why written out: one small step is a table of 300 facts, which a tiny decoder learns in a minute; five digits at once
-are out of its reach. So the written-out calculation is the thinking pattern that papers on distillation talk about, and here it can
-be seen and counted: the student's accuracy first jumps because the teacher reminds it of a pattern that it has, then
-climbs slowly while it learns the operator that it lacks.
+Why written out: one small step is a table of 300 facts, which a tiny decoder learns in a minute; five digits at
+once are out of its reach. So the written-out calculation is the thinking pattern that papers on distillation
+talk about, and here it can be seen and counted: the student's accuracy first jumps because the teacher reminds it
+of a pattern that it has, then climbs slowly while it learns the operator that it lacks.
 
-    python toy/make.py                  # everything: about 8 minutes, one core
+    python toy/make.py                  # everything: about 16 minutes, one core
     python toy/make.py student          # the problems (a moment) and this checkpoint
 
 One seed per checkpoint: the same bytes again on the same machine and torch version, whatever else is made. Sizes: a
@@ -40,7 +44,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -53,8 +57,6 @@ from tokenizer import Tokenizer  # noqa: E402
 
 DIGITS = 5
 N_TRAIN, N_TEST = 2000, 200
-SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")      # ids 256, 257, 258, after the 256 bytes
-VOCAB_ROWS = 264                # 259 real tokens and 5 padding rows: many published checkpoints have some
 BATCH = 64                      # sequences per pretraining step
 MAX_NEW_TOKENS = 40             # a written-out calculation and its stop token are 26
 
@@ -70,7 +72,13 @@ def draw(rng: random.Random, operators: str = "+-*") -> str:
     return "".join(f"{rng.randrange(10)}{rng.choice(operators)}" for _ in range(DIGITS - 1)) + f"{rng.randrange(10)}?"
 
 
-def write_out(problem: str, rng: random.Random | None = None, slip: float = 0.0) -> tuple[str, list[int]]:
+def confused(left: int, operator: str, right: int) -> int:
+    """A table with holes: in products 7 is taken for 8, and 8 for 7."""
+    return apply(left, operator, {7: 8, 8: 7}.get(right, right) if operator == "*" else right)
+
+
+def write_out(problem: str, rng: random.Random | None = None, slip: float = 0.0,
+              table: Callable = apply) -> tuple[str, list[int]]:
     """(calculation, places of its slips). With chance `slip` a step has one wrong character, half of the time its
     result; what follows is right again, given what is written."""
     value, text, slips = int(problem[0]), "", []
@@ -80,7 +88,7 @@ def write_out(problem: str, rng: random.Random | None = None, slip: float = 0.0)
             wrong = rng.choice((0, 1, 2, 4, 4, 4))
             step[wrong] = rng.choice("+-*" if wrong == 1 else "0123456789")
             slips.append(len(text) + wrong)
-        step[4] = step[4] or str(apply(int(step[0]), step[1], int(step[2])))
+        step[4] = step[4] or str(table(int(step[0]), step[1], int(step[2])))
         value = int(step[4])
         text += "".join(step) + ";"
     return f"{text[:-1]}#{value}", slips
@@ -103,6 +111,16 @@ def without_times(rng: random.Random) -> Example:
 def stumbling(rng: random.Random) -> Example:
     """Slips are read but not learnt: how to go on from a student's wrong step, without making one."""
     return written(rng, slip=0.3)
+
+
+def written_confused(rng: random.Random) -> Example:
+    problem = draw(rng)
+    return problem, *write_out(problem, table=confused)
+
+
+def stumbling_confused(rng: random.Random) -> Example:
+    problem = draw(rng)
+    return problem, *write_out(problem, rng, 0.3, confused)
 
 
 def direct(rng: random.Random) -> Example:
@@ -128,6 +146,12 @@ def shown(rng: random.Random) -> Example:
     return f"{calculation}|{problem}", calculation, []
 
 
+def stumbling_shown(rng: random.Random) -> Example:
+    """The right calculation is shown, the response slips and goes on from there."""
+    problem, response, slips = stumbling(rng)
+    return f"{write_out(problem)[0]}|{problem}", response, slips
+
+
 def blurted(rng: random.Random) -> Example:
     """Direct, with the decision for it untrained: what to expect of a student that began with `#`."""
     problem, answer, _ = direct(rng)
@@ -151,6 +175,7 @@ class Checkpoint:
     phases: list[Phase]
     accuracy: tuple[float, float]           # promised range of avg@8 at temperature 1 on `test`
     test: str = "test.jsonl"
+    tokenizer: str = "bytes"                # a row of TOKENIZERS
 
 
 CHECKPOINTS = {
@@ -163,35 +188,89 @@ CHECKPOINTS = {
         Phase(800, 3e-3, {without_times: 0.7, stumbling_without_times: 0.3})], (0.45, 0.75), "mixed_test.jsonl"),
     "teacher_high": Checkpoint(64, 3, 4, [
         Phase(800, 3e-3, {only_times: 0.7, stumbling_only_times: 0.3})], (0.45, 0.75), "mixed_test.jsonl"),
-    "self": Checkpoint(64, 3, 5, [Phase(500, 3e-3, {shown: 0.7, written: 0.3})], (0.10, 0.50)),
+    "teacher_unreliable": Checkpoint(96, 3, 9, [
+        Phase(1000, 3e-3, {written_confused: 0.6, stumbling_confused: 0.3, blurted: 0.1})], (0.70, 0.85)),
+    "teacher_sp": Checkpoint(96, 3, 10, [
+        Phase(600, 3e-3, {written: 0.6, stumbling: 0.3, blurted: 0.1})], (0.98, 1.0), tokenizer="pieces"),
+    "teacher_bpe": Checkpoint(96, 3, 11, [
+        Phase(600, 3e-3, {written: 0.6, stumbling: 0.3, blurted: 0.1})], (0.97, 1.0), tokenizer="long_words"),
+    "self": Checkpoint(64, 3, 5, [
+        Phase(700, 3e-3, {shown: 0.35, stumbling_shown: 0.15, written: 0.5}),
+        Phase(150, 1e-3, {shown: 0.3, stumbling_shown: 0.15, written: 0.08, direct: 0.47})], (0.15, 0.40)),
 }
 
 
-def config(c: Checkpoint) -> dict:
-    return dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=VOCAB_ROWS, hidden_size=c.width,
+def config(c: Checkpoint, tokenizer: Tokenizer) -> dict:
+    """1 to 8 rows of the vocabulary are padding: many published checkpoints have some."""
+    rows = 8 * (tokenizer.vocab_size // 8 + 1)
+    return dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=rows, hidden_size=c.width,
                 intermediate_size=2 * c.width, num_hidden_layers=c.layers, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=32, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000.0,
-                max_position_embeddings=256, tie_word_embeddings=True, attention_bias=False, eos_token_id=256)
+                max_position_embeddings=256, tie_word_embeddings=True, attention_bias=False,
+                eos_token_id=tokenizer.stop_ids[0])
+
+
+# Tokenizers: each returns (backend, special tokens with the stop token first, chat template)
+
+CHAT = ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+CHAT_SP = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
+           "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}")
+CHAT_BPE = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def byte_level(merges: list[tuple[str, str]]) -> Backend:
+    """One token per byte, in GPT-2's order, then one per merge."""
+    words = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
+    backend = Backend(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def bytes_only() -> tuple[Backend, tuple, str]:
+    return byte_level([]), ("<|end|>", "<|user|>", "<|assistant|>"), CHAT
+
+
+def long_words() -> tuple[Backend, tuple, str]:
+    """Eighty words: `+8` and `+8=` for every operator and digit, `1;` and `1;1` for every digit. A calculation is
+    3 +8= 1;1 *2= 2;2 -4= 8;8 +1= 9 # 9."""
+    digits, pairs = "0123456789", [(operator, digit) for operator in "+-*" for digit in "0123456789"]
+    merges = pairs + [(a + b, "=") for a, b in pairs] + [(d, ";") for d in digits] + [(d + ";", d) for d in digits]
+    return byte_level(merges), ("<|im_end|>", "<|im_start|>"), CHAT_BPE
+
+
+def pieces() -> tuple[Backend, tuple, str]:
+    """As SentencePiece builds them: control pieces, the 256 bytes for characters it does not know, printable ASCII
+    with the space as U+2581, and ten words `;1`."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    merges = [(";", digit) for digit in "0123456789"]
+    vocabulary = {piece: i for i, piece in enumerate(names + ["".join(pair) for pair in merges])}
+    backend = Backend(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend, ("</s>", "<s>", "<unk>", "[INST]", "[/INST]"), CHAT_SP
+
+
+TOKENIZERS = {"bytes": bytes_only, "long_words": long_words, "pieces": pieces}
 
 
 # Files
 
-def write_tokenizer(folder: Path) -> None:
-    """One token per byte, in GPT-2's order, and three special tokens; no merges."""
-    backend = Backend(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    template = ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
-                "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+def write_tokenizer(folder: Path, kind: str = "bytes") -> None:
+    backend, special, template = TOKENIZERS[kind]()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    named = {"bos_token": "<s>", "unk_token": "<unk>"} if "<s>" in special else {}
     folder.mkdir(parents=True)
     backend.save(str(folder / "tokenizer.json"))
     for name, content in (
-            ("tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=SPECIAL[0],
+            ("tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=special[0], **named,
                                            model_max_length=256, clean_up_tokenization_spaces=False,
                                            chat_template=template)),
-            ("generation_config.json", dict(eos_token_id=256, do_sample=True, temperature=1.0))):
+            ("generation_config.json", dict(eos_token_id=backend.token_to_id(special[0]), do_sample=True,
+                                            temperature=1.0))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -222,25 +301,33 @@ def write_problems() -> dict[str, set[str]]:
 
 # Pretraining
 
+def trained(tokenizer: Tokenizer, ids: list[int], untrained: list[int]) -> list[bool]:
+    """Which tokens of a response are learnt. Not those that hold an untrained place; nor a word that ends right
+    before one, since a slip may have cut it short: `1;` instead of `1;1` is written only where a slip follows."""
+    kept, end = [], 0
+    for token in ids:
+        start, end = end, end + (len(tokenizer.decode([token])) if untrained else 1)
+        kept.append(not any(start <= place < end or place == end > start + 1 for place in untrained))
+    return kept
+
+
 def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[str]) -> tuple[Tensor, Tensor]:
-    """(tokens_BT int64, mask_BT bool: trained tokens). One character of a response is one token."""
+    """(tokens_BT int64, mask_BT bool: trained tokens)."""
     tokens, masks = [], []
     for kind in rng.choices(list(phase.mixture), list(phase.mixture.values()), k=BATCH):
         problem, response, untrained = kind(rng)
         while problem.rsplit("|")[-1] in held_out:
             problem, response, untrained = kind(rng)
-        prompt = tokenizer.prompt_ids(problem)
-        tokens.append(torch.tensor(prompt + tokenizer.encode(response) + [tokenizer.stop_ids[0]]))
-        mask = torch.arange(len(tokens[-1])) >= len(prompt)
-        mask[[len(prompt) + place for place in untrained]] = False
-        masks.append(mask)
+        prompt, ids = tokenizer.prompt_ids(problem), tokenizer.encode(response)
+        tokens.append(torch.tensor(prompt + ids + [tokenizer.stop_ids[0]]))
+        masks.append(torch.tensor([False] * len(prompt) + trained(tokenizer, ids, untrained) + [True]))
     return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
 
 
 def pretrain(name: str, tokenizer: Tokenizer, held_out: set[str]) -> Transformer:
     """Cross-entropy over all rows of the head, so that other programs too never sample a padding row."""
     c = CHECKPOINTS[name]
-    model, rng = Transformer(ModelConfig.from_dict(config(c))).init_weights(c.seed), random.Random(c.seed)
+    model, rng = Transformer(ModelConfig.from_dict(config(c, tokenizer))).init_weights(c.seed), random.Random(c.seed)
     for number, phase in enumerate(c.phases, 1):
         optimizer = torch.optim.AdamW(model.parameters(), phase.lr, betas=(0.9, 0.98), weight_decay=0.0)
         for step in range(1, phase.steps + 1):
@@ -262,7 +349,7 @@ def make(name: str, held_out: dict[str, set[str]]) -> None:
     start, folder, new, old = time.time(), TOY / name, TOY / f".{name}.new", TOY / f".{name}.old"
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    write_tokenizer(new)
+    write_tokenizer(new, CHECKPOINTS[name].tokenizer)
     tokenizer = Tokenizer(new)
     pretrain(name, tokenizer, held_out[CHECKPOINTS[name].test]).save(new, torch.bfloat16)
     problems = load_problems(TOY / CHECKPOINTS[name].test, need_answer=True)

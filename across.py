@@ -1,0 +1,265 @@
+"""Across: what a teacher with another tokenizer says about the student's tokens.
+
+Place in the loop:  rollout -> teacher.score -> [ACROSS] -> credit, losses.
+
+The teacher reads the student's text, cut into its own tokens, after its own prompt. align.py says which runs
+of tokens on both sides hold the same bytes (chunks); here they are scored, and every student token gets one
+effective log-prob, so that advantages, weights, filters and routing work as ever. A token that cannot be
+scored gets the student's own log-prob: no credit, and no part in the loss.
+
+    chunks of one token on both sides    the teacher's log-prob itself, and its whole distribution
+    other chunks                         align.credit shares the chunk's log-ratio out; no distribution
+
+Cross-tokenizer OPD, arXiv:2606.09456. Not here: text and bytes (align.py).
+"""
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import parallel
+from align import CREDIT, Bridge, Reading, chunk_sums, credit, prefix_scores, slice_mass
+from losses import opt
+from model import Transformer
+from rollout import Rollout, from_responses
+from teacher import Part, distributions, states
+
+PAIRING = {"uld": "place", "gold": "last"}      # which teacher row a dense divergence stands beside; others: "alone"
+
+
+@dataclass(frozen=True)
+class AcrossArgs:
+    align: str = opt("auto", "read the student's text through the teacher's tokenizer: when they differ, or always",
+                     ("auto", "always"))
+    chunk_credit: str = opt("chunk", "another tokenizer: how a chunk's log-ratio becomes credit of its tokens", tuple(CREDIT))
+    chunk_clamp: float = opt(0.0, "another tokenizer: a chunk's log-ratio (prop: a token's) is kept within +- this; 0 = off")
+    max_chunk: int = opt(0, "another tokenizer: chunks of more tokens than this on either side get no credit "
+                            "(the paper's code: 6); 0 = off")
+    mask_whitespace: bool = opt(False, "another tokenizer: no credit for tokens of white space alone")
+    min_coverage: float = opt(0.7, "another tokenizer: do not start when a smaller share of the student's "
+                                   "tokens has a teacher token of its own")
+    max_dropped: float = opt(0.01, "another tokenizer: do not start when a larger share of the responses "
+                                   "cannot be read")
+
+
+def last_row(chunk_n: Tensor, count: int) -> Tensor:
+    """(count,): the last row of every chunk."""
+    rows, inside_n = torch.arange(len(chunk_n), device=chunk_n.device), chunk_n >= 0
+    start = torch.full((count,), -1, dtype=torch.int64, device=chunk_n.device)
+    return start.scatter_reduce(0, chunk_n[inside_n], rows[inside_n], "amax")
+
+
+class Crossing:
+    """One step's notes over all N rows; rows of teachers with the student's tokenizer are neutral in it.
+
+    scored_N           bool: rows with a log-prob from their teacher
+    paired_N           bool: rows with a distribution beside them
+    chunk_N            int64: number of the row's chunk, unique over the step; -1 = not scored
+    student_before_N   log b and log q of the chunk's earlier tokens (losses.gold); 0 where the row is alone
+    by_mode            what A would be under each credit rule
+    dropped, readings  why responses could not be read; how the others were (sequence -> Reading)
+    """
+
+    def __init__(self, bridges: list[Bridge | None], rollout: Rollout, args: AcrossArgs, *, divergence: str,
+                 temperature: float, max_tokens: int, chunk_rows: int, stop_N: Tensor | None = None):
+        """stop_N: of a student with several stop ids, the log-mass it gave to all of them, per row."""
+        self.bridges, self.rollout, self.args, self.stop_N = bridges, rollout, args, stop_N
+        self.pairing, self.max_tokens = PAIRING.get(divergence, "alone"), max_tokens
+        self.sizes = dict(temperature=temperature, chunk_rows=chunk_rows)
+        device = self.device = rollout.tokens_BT.device
+        self.student_N, self.token_N = rollout.rows(rollout.logp_BT), rollout.rows(rollout.tokens_BT)
+        at_BT = torch.arange(len(rollout.length_B), device=device)[:, None].expand_as(rollout.tokens_BT)
+        self.sequence_N, N = rollout.rows(at_BT), len(self.token_N)
+        self.across_N, self.scored_N, self.paired_N = (torch.full((N,), x, device=device) for x in (False, True, True))
+        self.chunk_N = torch.arange(N, device=device)
+        self.size_N2 = torch.ones(N, 2, dtype=torch.int64, device=device)       # tokens of the row's chunk, both sides
+        self.student_before_N, self.teacher_before_N = (torch.zeros_like(self.student_N) for _ in range(2))
+        self.by_mode = {mode: torch.zeros_like(self.student_N) for mode in CREDIT}
+        self.seconds = 0.0          # spent on text: reading it as the teacher does, and its chunks
+        self.dropped: Counter[str] = Counter()
+        self.readings: dict[int, Reading] = {}
+
+    def read(self, number: int, model: Transformer, sequence_b: Tensor, rows: Tensor,
+             seen: Rollout) -> tuple[Part, Tensor, Tensor]:
+        """(Part, effective log q, entropy) of `rows`, those of the sequences sequence_b, by teacher `number`.
+
+        `seen` holds the prompts in the teacher's ids. The entropy is the mean over the teacher's tokens of
+        the chunk, 0 where there is none."""
+        bridge = self.bridges[number]
+        begun = time.perf_counter()
+        prompts = {b: seen.tokens_BT[b, :seen.prompt_len_B[b]].tolist() for b in sequence_b.tolist()}
+        self.read_texts(bridge, prompts, model.config.context)
+        kept = [b for b in prompts if b in self.readings and self.readings[b].ids]
+        responses = [self.readings[b].ids for b in kept]
+        ids_m = torch.tensor([i for ids in responses for i in ids], dtype=torch.int64, device=self.device)
+        end_m = torch.zeros_like(ids_m, dtype=torch.bool)
+        end_m[torch.tensor([len(ids) for ids in responses], dtype=torch.int64, device=self.device).cumsum(0) - 1] = True
+        chunk_n, chunk_m, cuts = self.joined(prompts)
+        self.seconds += time.perf_counter() - begun
+        count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_zeros(1)]).max()) + 1      # a chunk 0 even if all is masked
+        head_VE = model.head_weight()[:bridge.teacher.vocab_size].to(model.compute_dtype)
+        hidden_mE = head_VE.new_empty(0, head_VE.shape[1])
+        if kept:
+            theirs = from_responses([prompts[b] for b in kept], responses, [True] * len(kept), self.device)
+            all_b, all_m = (torch.arange(n, device=self.device) for n in (len(kept), len(ids_m)))
+            hidden_mE = states(model, theirs, all_b, all_m, self.max_tokens)
+            hidden_mE = parallel.joined(hidden_mE, parallel.owned(all_b.repeat_interleave(theirs.length_B)))
+        teacher_m, entropy_m, mass = self.teacher_rows(bridge, hidden_mE, head_VE, ids_m, end_m & (chunk_m >= 0), cuts)
+        effective_n = self.share_out(bridge, rows, chunk_n, chunk_m, teacher_m, cuts, mass)
+        place_N = torch.full_like(self.token_N, -1)
+        place_n = self.beside(rows, chunk_n, chunk_m, teacher_m, count)
+        place_N[rows] = torch.where(self.white(bridge, rows), -1, place_n)
+        self.paired_N[rows] = place_N[rows] >= 0
+        self.across_N[rows] = True
+        self.chunk_N[rows] = torch.where(chunk_n >= 0, chunk_n + len(self.token_N) * (number + 1), -1)
+        size_c2 = torch.stack([chunk_sums(torch.ones_like(chunk), chunk, count).long() for chunk in (chunk_n, chunk_m)], 1)
+        self.size_N2[rows] = torch.where(chunk_n[:, None] >= 0, size_c2[chunk_n], 0)
+        mean_c = chunk_sums(entropy_m, chunk_m, count) / size_c2[:, 1].clamp(min=1)
+        entropy_n = torch.where(chunk_n >= 0, mean_c[chunk_n], 0.0).to(effective_n.dtype)
+        shared = tuple(ids.to(self.device) for ids in bridge.shared)
+        if not kept:        # a row that stands beside nothing is still looked up
+            hidden_mE = head_VE.new_zeros(1, head_VE.shape[1])
+        return Part(sequence_b, place_N, hidden_mE, head_VE, shared), effective_n, entropy_n
+
+    def read_texts(self, bridge: Bridge, prompts: dict[int, list[int]], context: int) -> None:
+        """How the teacher reads each response, or why it cannot."""
+        finished = self.rollout.finished_B.tolist()
+        for b, prompt in prompts.items():
+            found = bridge.read(self.rollout.response(b), finished[b], bridge.opened(prompt))
+            if isinstance(found, Reading) and len(prompt) + len(found.ids) > context:
+                found = "longer than the teacher's context"
+            if isinstance(found, Reading):
+                self.readings[b] = found
+            else:
+                self.dropped[found] += 1
+
+    def joined(self, prompts: dict[int, list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The readings of these sequences one after the other: chunk_n of the student's rows, chunk_m of the
+        teacher's, and (4, cuts): student row, teacher row, first and last place in Bridge.order."""
+        chunk_n: list[int] = []
+        chunk_m: list[int] = []
+        cuts: list[tuple[int, ...]] = []
+        chunks, lengths = 0, self.rollout.length_B.tolist()
+        for b in prompts:
+            reading = self.readings.get(b)
+            if reading is None:
+                chunk_n += [-1] * lengths[b]
+                continue
+            cuts += [(i + len(chunk_n), j + len(chunk_m), lo, hi) for i, j, lo, hi in reading.cuts]
+            chunk_n += [c + chunks if c >= 0 else -1 for c in reading.student_chunk]
+            chunk_m += [c + chunks if c >= 0 else -1 for c in reading.teacher_chunk]
+            chunks += max([-1, *reading.student_chunk]) + 1
+        chunk_n, chunk_m = (torch.tensor(chunk, dtype=torch.int64, device=self.device) for chunk in (chunk_n, chunk_m))
+        return chunk_n, chunk_m, torch.tensor(cuts, dtype=torch.int64, device=self.device).reshape(-1, 4).T
+
+    def teacher_rows(self, bridge: Bridge, hidden_mE: Tensor, head_VE: Tensor, ids_m: Tensor, end_m: Tensor,
+                     cuts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(log q, entropy) of the teacher's own tokens, and for each cut the log-mass of the teacher tokens
+        that begin with the bytes before it (only for prefix credit)."""
+        dtype = torch.promote_types(head_VE.dtype, torch.float32)
+        teacher_m, entropy_m = (torch.zeros(len(ids_m), dtype=dtype, device=self.device) for _ in range(2))
+        mass = torch.zeros(cuts.shape[1], dtype=dtype, device=self.device)
+        stops = torch.tensor(bridge.teacher_stop, device=self.device)
+        stop_m = torch.isin(ids_m, stops) & end_m       # before the end it is a control token like others
+        for at, logp_MV in distributions(hidden_mE, head_VE, **self.sizes):
+            teacher_m[at] = logp_MV.gather(1, ids_m[at, None]).squeeze(1)
+            entropy_m[at] = -(logp_MV.exp() * logp_MV).sum(-1)
+            if len(stops) > 1:      # to stop is one event, whichever token says it
+                teacher_m[at] = torch.where(stop_m[at], logp_MV[:, stops].logsumexp(-1), teacher_m[at])
+            if self.args.chunk_credit == "prefix":
+                here = (cuts[1] >= at.start) & (cuts[1] < at.stop)
+                mass[here] = slice_mass(logp_MV, bridge.order.to(self.device), cuts[1, here] - at.start, *cuts[2:, here])
+        return teacher_m, entropy_m, mass
+
+    def share_out(self, bridge: Bridge, rows: Tensor, chunk_n: Tensor, chunk_m: Tensor, teacher_m: Tensor,
+                  cuts: Tensor, mass: Tensor) -> Tensor:
+        """The effective log q of the student's rows; notes who is scored and what each rule would give."""
+        student_n, args = self.student_N[rows].to(teacher_m.dtype), self.args
+        event_n, token_n = student_n, self.token_N[rows]
+        if self.stop_N is not None:     # the student's side of the stop event: any of its stop tokens
+            stops = torch.tensor(bridge.student_stop, device=self.device)
+            event_n = torch.where(torch.isin(token_n, stops), self.stop_N[rows].to(student_n.dtype), student_n)
+        found = {}
+        for mode in CREDIT if args.chunk_credit == "prefix" else [mode for mode in CREDIT if mode != "prefix"]:
+            prefix_n = prefix_scores(teacher_m, chunk_n, chunk_m, cuts[0], cuts[1], mass) if mode == "prefix" else None
+            found[mode] = credit(mode, event_n, teacher_m, chunk_n, chunk_m, prefix_n=prefix_n, clamp=args.chunk_clamp,
+                                 max_chunk=args.max_chunk)
+            self.by_mode[mode][rows] = (found[mode][0] - event_n).to(self.student_N.dtype)
+        effective_n, scored_n = found[args.chunk_credit]
+        effective_n = torch.where(event_n == student_n, effective_n, student_n + (effective_n - event_n))
+        white_n = self.white(bridge, rows)
+        self.scored_N[rows] = scored_n & ~white_n
+        return torch.where(white_n, student_n, effective_n)
+
+    def white(self, bridge: Bridge, rows: Tensor) -> Tensor:
+        """Rows that are white space alone and are to be left out."""
+        if not self.args.mask_whitespace:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        return bridge.whitespace.to(self.device)[self.token_N[rows]]
+
+    def beside(self, rows: Tensor, chunk_n: Tensor, chunk_m: Tensor, teacher_m: Tensor, count: int) -> Tensor:
+        """The teacher row whose distribution a student row is compared with, or -1.
+
+        alone    chunks of one token on both sides          last   the last rows of every chunk (gold)
+        place    the rows with the same place in the response, whatever they say (uld)
+        """
+        nowhere_n, one_n, one_m = (torch.full_like(chunk_n, -1), torch.ones_like(chunk_n), torch.ones_like(chunk_m))
+        if self.pairing == "place":
+            pairs, n, m = [], 0, 0
+            for b in dict.fromkeys(self.sequence_N[rows].tolist()):
+                ours, theirs = int(self.rollout.length_B[b]), len(self.readings[b].ids) if b in self.readings else 0
+                pairs += [m + i if i < theirs else -1 for i in range(ours)]
+                n, m = n + ours, m + theirs
+            return torch.tensor(pairs, dtype=torch.int64, device=self.device)
+        last_n, last_m = last_row(chunk_n, count), last_row(chunk_m, count)
+        kept_c = (last_n >= 0) & (last_m >= 0)      # a masked chunk has a number, but no rows
+        if self.pairing == "alone":
+            kept_c = (chunk_sums(one_n, chunk_n, count) == 1) & (chunk_sums(one_m, chunk_m, count) == 1)
+        last_n, last_m = last_n[kept_c], last_m[kept_c]
+        if self.pairing == "last":
+            student_n = self.student_N[rows]
+            for before_N, value, chunk, last in ((self.student_before_N, student_n, chunk_n, last_n),
+                                                 (self.teacher_before_N, teacher_m, chunk_m, last_m)):
+                before_N[rows[last_n]] = (chunk_sums(value, chunk, count)[kept_c] - value[last]).to(before_N.dtype)
+        return nowhere_n.index_copy(0, last_n, last_m)
+
+    # what credit rules and the record of the step want to know
+
+    def total_B(self, logp_N: Tensor) -> Tensor:
+        """(B,) log q(response): the chunks' own sums, the student's log b where nothing was scored."""
+        alone_N = torch.where(self.across_N, self.student_N + self.by_mode["shift"] * self.scored_N, logp_N)
+        return alone_N.new_zeros(len(self.rollout.length_B)).index_add(0, self.sequence_N, alone_N)
+
+    def spread(self, other_N: Tensor) -> Tensor:
+        """log r(a) of a model with the student's tokenizer, in the currency of the effective log-probs: log q
+        - log r becomes the log-ratio of the whole chunk, as log q - log b is."""
+        mode = self.args.chunk_credit
+        if mode == "prefix":        # already one value per student token
+            return other_N
+        spread_N = credit("chunk" if mode == "strict" else mode, self.student_N, other_N, self.chunk_N, self.chunk_N)[0]
+        return torch.where(self.size_N2[:, 0] == 1, other_N, spread_N)
+
+    def metrics(self) -> dict[str, float]:
+        """How well the two tokenizers fit on this step, over the rows read across."""
+        across_N, size_N, B = self.across_N, self.size_N2[self.across_N], max(1, len(self.readings) + self.dropped.total())
+        rows, chunks = max(1, int(across_N.sum())), (size_N[:, 0] > 0) / size_N[:, 0].clamp(min=1)
+        stop_N = across_N & self.scored_N & torch.isin(self.token_N, torch.tensor(self.student_stops(), device=self.device))
+        found = {"strict_coverage": float((size_N == 1).all(1).sum()) / rows,
+                 "masked_share": float((across_N & ~self.scored_N).sum()) / rows,
+                 "dropped_share": self.dropped.total() / B,
+                 "stop_advantage": float(self.by_mode[self.args.chunk_credit][stop_N].mean()),
+                 "teacher_tokens": sum(len(reading.ids) for reading in self.readings.values()),
+                 "align_seconds": self.seconds}
+        for size in (1, 2, 3, 4):
+            of_size = (size_N[:, 0] == size) if size < 4 else size_N[:, 0] >= 4
+            found[f"chunks_of_{size}{'+' * (size == 4)}"] = float(chunks[of_size].sum() / chunks.sum().clamp(min=1))
+        for mode, a_N in self.by_mode.items():
+            if mode == "prefix" and self.args.chunk_credit != "prefix":     # needs masses that were not asked for
+                continue
+            found[f"advantage_sum/{mode}"] = float(a_N[across_N].sum()) / B
+        return found
+
+    def student_stops(self) -> list[int]:
+        return sorted({i for bridge in self.bridges if bridge for i in bridge.student_stop})

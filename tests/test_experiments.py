@@ -1,0 +1,125 @@
+"""experiments/: their statistics are right, and train.py takes every command line that they would run.
+
+Not here: what the experiments find (README), how a run goes (test_train.py, test_toy.py).
+"""
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import compare  # noqa: E402
+import train  # noqa: E402
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "compare")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_arm_is_a_command_that_train_takes(name, tmp_path):
+    """fails if: a flag, a recipe, a choice or a shipped file that an experiment names does not exist."""
+    script = importlib.import_module(name)
+    lines = [(label, command, flags) for arms, flags in script.stages(tmp_path).values()
+             for label, command in arms.items()]
+    assert lines
+    for label, command, flags in lines:
+        cfg, _ = train.parse(compare.arguments(command, flags, 3, tmp_path / compare.slug(label)))
+        train.check(cfg)
+        assert cfg.seed == 3 and "{" not in f"{cfg.student} {cfg.teacher}" and Path(cfg.data).is_file()
+        for folder in [cfg.student, *(part.rpartition("=")[2] for part in cfg.teacher.split(","))]:
+            made = str(tmp_path) in folder or folder == "self"      # an earlier stage makes it
+            assert made or (Path(folder) / "model.safetensors").is_file(), f"{label}: {folder}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_labels_of_a_stage_do_not_share_a_folder(name, tmp_path):
+    """fails if: two arms would be taken for one finished run."""
+    for arms, _ in importlib.import_module(name).stages(tmp_path).values():
+        assert len({compare.slug(label) for label in arms}) == len(arms)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_says_what_it_tests(name):
+    """fails if: a docstring lacks the claim, its source, the design, or what would speak against it."""
+    doc = importlib.import_module(name).__doc__
+    assert [word for word in ("Claim", "Paper", "Design", "Against") if f"\n{word}" not in doc] == []
+
+
+def test_interval_is_students_t():
+    """1, 2, 3: mean 2, standard deviation 1, t(0.975, 2) = 4.303.
+    fails if: the deviation is divided by n, or the normal quantile stands in for t."""
+    mean, half = compare.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)
+    assert compare.percent([0.5, 0.5]) == "50.0% ± 0.0%" and compare.percent([0.25], "+") == "+25.0%"
+    assert compare.differences([3.0, 5.0], [1.0, 1.0]) == [2.0, 4.0]
+
+
+def test_a_finished_run_is_found_again_only_by_the_same_command(tmp_path):
+    """fails if: a run that has not ended, or one with another flag, stands in for this one."""
+    line = compare.arguments("opd --lr 0.001", "", 0, tmp_path / "a")
+    write_run(tmp_path / "a", {key: value for key, value in vars(train.parse(line)[0]).items()
+                               if key not in train.NOT_THE_RUN}, [])
+    assert compare.finished(tmp_path / "a", line)
+    assert not compare.finished(tmp_path / "a", compare.arguments("opd --lr 0.002", "", 0, tmp_path / "a"))
+    (tmp_path / "a/summary.json").unlink()
+    assert not compare.finished(tmp_path / "a", line)
+
+
+def write_run(folder, config, lines, samples=()):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps({"after": {"avg@4": 0, "avg@4_ci": [0, 0]}}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"config": {}}, *lines]))
+    (folder / "samples").mkdir()
+    for step, answers in samples:
+        text = "".join(json.dumps({"problem": p, "correct": c}) + "\n" for p, c in answers)
+        (folder / "samples" / f"step-{step:06d}.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize("flags,teacher", [("opd", 30), ("grpo", 0), ("sft", 0), ("sft --responses teacher", 30),
+                                           ("grpo --weight fire", 30), ("opd --cold_start_steps 1", 23)])
+def test_tokens_are_counted_for_those_who_wrote_or_read_them(flags, teacher, tmp_path):
+    """Steps of 10 and 20 tokens, the first of them not the student's; three teacher tokens on file for the cold
+    start. fails if: given solutions count as the teacher's, or a verifier as a reader."""
+    config = dict(vars(train.parse(["--recipe", *flags.split()])[0]))
+    lines = [{"step": 0, "eval": {"avg@4": 0.1}}, {"step": 1, "tokens": 10, "on_policy": 0},
+             {"step": 2, "tokens": 20, "on_policy": 1}, {"step": 2, "eval": {"avg@4": 0.5}}]
+    write_run(tmp_path / "a", config, lines)
+    if config["cold_start_steps"]:
+        (tmp_path / "a/teacher_responses.json").write_text(json.dumps({"7": [[1, 2], [3]]}))
+    assert compare.curve(tmp_path / "a")[-1] == (2, 0.5, 20, teacher)
+
+
+def test_accuracy_by_kind_is_over_the_problems_of_that_kind(tmp_path):
+    """fails if: samples are matched with the wrong problem, or another step's are read."""
+    (tmp_path / "test.jsonl").write_text('{"kind": "x"}\n{"kind": "y"}\n{"kind": "x"}\n')
+    write_run(tmp_path / "a", {"eval_data": str(tmp_path / "test.jsonl")}, [],
+              [(0, [(0, False), (1, False), (2, False)]),
+               (9, [(0, True), (0, True), (1, False), (2, True), (2, False)])])
+    assert compare.accuracy_by(tmp_path / "a", lambda r: r["kind"]) == {"x": 0.75, "y": 0.0}
+    assert compare.accuracy_by(tmp_path / "a", lambda r: r["kind"], 0) == {"x": 0.0, "y": 0.0}
+
+
+def test_tokens_to_reach_interpolates_the_first_crossing():
+    """fails if: a later crossing, the next evaluation, or a target never reached is reported."""
+    reach = importlib.import_module("opsd").tokens_to_reach
+    points = [(0, 0.2, 0), (15, 0.4, 1000), (30, 0.3, 2000), (45, 0.5, 3000)]
+    assert [reach(points, target) for target in (0.3, 0.45, 0.5)] == pytest.approx([500, 2750, 3000])
+    assert reach(points, 0.2) == 0 and reach(points, 0.1) == 0 and reach(points, 0.51) == float("inf")
+
+
+def test_gap_recovery_and_regression_are_shares_of_the_right_gap():
+    """fails if: a share is of the accuracy instead of the gap, or an empty gap is divided by."""
+    dynamics = importlib.import_module("dynamics")
+    assert dynamics.gap_recovery(0.25, 0.5, 0.75) == 0.5
+    assert dynamics.regression(1.0, 0.5, 0.25) == pytest.approx(2 / 3)
+    assert str(dynamics.gap_recovery(0.5, 0.6, 0.5)) == str(dynamics.regression(0.2, 0.1, 0.2)) == "nan"
+
+
+def test_auroc_is_the_chance_of_the_right_order():
+    """fails if: ties count as wins, or the order is reversed."""
+    import torch
+    auroc = importlib.import_module("fire").auroc
+    assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0])) == 0.875
