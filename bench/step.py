@@ -40,11 +40,17 @@ class Timer:
     def __init__(self, device: torch.device):
         self.device, self.clock = device, time.process_time if device.type == "cpu" else time.perf_counter
         self.seconds: list[float] = []
+        self.phases: dict[str, list[float]] = {}
         self.before = reset_peak(device)
 
     def start(self) -> None:
         wait(self.device)
-        self.at = self.clock()
+        self.at = self.phase_at = self.clock()
+
+    def phase(self, name: str) -> None:
+        wait(self.device)
+        self.phases.setdefault(name, []).append(self.clock() - self.phase_at)
+        self.phase_at = self.clock()
 
     def stop(self) -> None:
         wait(self.device)
@@ -52,7 +58,8 @@ class Timer:
 
     def result(self) -> dict:
         return {"seconds": statistics.median(self.seconds[1:]), "first": self.seconds[0],
-                "peak": peak_memory(self.device) - self.before}
+                "peak": peak_memory(self.device) - self.before,
+                "phases": {name: round(statistics.median(taken[1:]), 2) for name, taken in self.phases.items()}}
 
 
 def ours(args, folder: Path) -> dict:
@@ -76,12 +83,16 @@ def ours(args, folder: Path) -> dict:
             actor.refresh(student)
         mine = prompts[step * args.batch:(step + 1) * args.batch]
         rollout = generate(actor, mine, max_new_tokens=NEW, stop_ids=(), slots=args.batch, seed=step, compile=args.compile)
+        timer.phase("rollout")
         scores = score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device), vocab_size=args.vocab,
                        temperature=1.0, max_tokens=cfg.micro_batch_tokens, chunk_rows=chunk_rows)
+        timer.phase("scores")
         s = signals(rollout, torch.arange(args.batch, device=device), None, scores)
         scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
         per_row = backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=args.vocab, chunk_rows=chunk_rows)
+        timer.phase("backward")
         update(student, optimizer, s, scale_N, per_row, 1.0)
+        timer.phase("optimizer")
         timer.stop()
     return timer.result()
 
@@ -167,7 +178,8 @@ def main() -> None:
                 continue
             results[variant] = found = json.loads(run.stdout.strip().splitlines()[-1])
             print(f"{variant:>13}: {found['seconds']:7.2f} s a step (the first {found['first']:.2f}), "
-                  f"peak {found['peak'] / 2**30:5.2f} GiB above the weights", flush=True)
+                  f"peak {found['peak'] / 2**30:5.2f} GiB above the weights  "
+                  + ", ".join(f"{name} {taken}" for name, taken in found["phases"].items()), flush=True)
     ratios = {name: {key: round(found[key] / results["ours"][key], 2) for key in ("seconds", "peak")}
               for name, found in results.items() if name != "ours" and "ours" in results}
     print(json.dumps({"name": f"step_{args.vocab}_{args.dtype}_{args.batch}",

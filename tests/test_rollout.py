@@ -341,6 +341,18 @@ def test_slots_are_refilled_while_others_go_on():
     assert len(decode) == 39
 
 
+def test_compiled_decode_step_is_traced_a_few_times_and_writes_the_same_text(monkeypatch):
+    """Traced as for a real backend, run as plain torch. Live slots go from three to one, lengths up to 29.
+    fails if: the decode step is specialised on a length or a number of slots, or Slots.step skips the cache."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    case = dict(prompts=ragged()[:4], samples=1, max_new_tokens=[6, 12, 9, 3], slots=3)
+    assert same(write(small(), **case, compile=True), write(small(), **case))
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
 @pytest.mark.parametrize("slots, rows", [(64, 7), (5, 2 + 3 + 2 + 2 + 1)])
 def test_prompt_is_prefilled_once_for_the_samples_admitted_together(slots, rows):
     """Three equally long samples of seven prompts: five slots take 5, 5, 5, 5 and 1 of them, which belong to

@@ -1,0 +1,122 @@
+"""How close rollout, scoring and update come to what this machine can do.
+
+    python bench/roofline.py                                                     # random pair, this CPU, one thread
+    python bench/roofline.py --device cuda --dtype bfloat16 --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
+        --batch 64 --prompt 200 --new 512
+
+First what the machine can do: bytes per second of a large copy, products per second of a large square matrix. Then
+the floors. A decode step reads the weights once and the cache of every live sequence, and multiplies every weight
+with every sequence; whichever takes longer. Scoring takes 2 FLOPs per weight and token, an update 6 (8 with
+gradient checkpointing), both with the head on response tokens only; an update also projects the teacher's head.
+Attention's own products are left out, so floors are a little too low. `share` is floor / measured, 1 = nothing left
+to gain. On a CPU seconds are of processor time. Ends with one JSON line.
+"""
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from common import interleaved, medians, random_checkpoint  # isort: skip
+
+import torch
+
+from memory import auto_chunk
+from model import ModelConfig, Transformer, checkpoint_folder, load_model
+from rollout import generate
+from teacher import score
+from train import Config
+from update import backward, row_scale, signals
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes per second, FLOPs per second) of a copy and a product large enough to hide everything else."""
+    big = device.type == "cuda"
+    source = torch.ones(2**30 if big else 2**26, device=device)     # 4 GB, 256 MB: past every cache but a server's last
+    target, n = torch.empty_like(source), 8192 if big else 1536
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+    product = torch.empty(n, n, dtype=dtype, device=device)
+    seconds = medians(interleaved({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)},
+                                  5, device))
+    return 2 * source.nbytes / seconds["copy"], 2 * n**3 / seconds["product"]
+
+
+def sizes(config: ModelConfig) -> tuple[int, int]:
+    """(weights of the layers, weights of the head)."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    return layers, config.vocab_size * config.hidden_size
+
+
+def floors(args, student: ModelConfig, teacher: ModelConfig, item: int, bandwidth: float, rate: float) -> dict[str, float]:
+    """Seconds of a decode step (mean length), of scoring and of an update."""
+    layers, head = sizes(student)
+    teacher_layers, teacher_head = sizes(teacher)
+    rows, tokens = args.batch * args.new, args.batch * (args.prompt + args.new)
+    cache = 2 * student.num_hidden_layers * student.num_key_value_heads * student.head_dim * item
+    read = (layers + head) * item + args.batch * (args.prompt + args.new / 2) * cache
+    passes = 8 if args.gradient_checkpointing else 6
+    return {"decode step": max(read / bandwidth, 2 * (layers + head) * args.batch / rate),
+            "scoring": 2 * (teacher_layers * tokens + teacher_head * rows) / rate,
+            "update": (passes * layers * tokens + (6 * head + 2 * teacher_head) * rows) / rate}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--student", help="checkpoint folder or hub id; default: random, width 256, 6 layers")
+    parser.add_argument("--teacher", help="likewise; default: random, width 512, 8 layers")
+    parser.add_argument("--vocab", type=int, default=4096, help="of the random pair")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="the decode step through torch.compile")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [checkpoint_folder(args.student) if args.student else random_checkpoint(Path(scratch) / "s", args.vocab),
+                   checkpoint_folder(args.teacher) if args.teacher else
+                   random_checkpoint(Path(scratch) / "t", args.vocab, width=512, layers=8, head_dim=64, seed=1)]
+        student = load_model(folders[0], compute_dtype=dtype, device=device)
+        teacher = load_model(folders[1], dtype=dtype, device=device).requires_grad_(False)
+    student.gradient_checkpointing = args.gradient_checkpointing
+    actor = student if dtype == torch.float32 else student.copy_as(dtype)
+    vocab, cfg = min(student.config.vocab_size, teacher.config.vocab_size), Config()
+    chunk_rows = auto_chunk(cfg, vocab, device)
+    prompts = torch.randint(vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def write(new: int):
+        return generate(actor, prompts, max_new_tokens=new, stop_ids=(), slots=args.batch, vocab_size=vocab, compile=args.compile)
+
+    def read():
+        return score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device), vocab_size=vocab,
+                     temperature=1.0, max_tokens=cfg.micro_batch_tokens, chunk_rows=chunk_rows)
+
+    rollout = write(args.new)
+    scores = read()
+    s = signals(rollout, torch.arange(args.batch, device=device), None, scores)
+    scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
+    seconds = medians(interleaved({
+        "rollout": lambda: write(args.new), "prefill": lambda: write(1), "scoring": read,
+        "update": lambda: backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=vocab, chunk_rows=chunk_rows)},
+        args.rounds, device))
+    measured = {"decode step": (seconds["rollout"] - seconds["prefill"]) / (args.new - 1),
+                "scoring": seconds["scoring"], "update": seconds["update"]}
+    bandwidth, rate = machine(device, dtype)
+    floor = floors(args, student.config, teacher.config, dtype.itemsize, bandwidth, rate)
+    print(f"{args.device}, {args.dtype}: copy {bandwidth / 1e9:.1f} GB/s, products {rate / 1e12:.3f} TFLOP/s")
+    print(f"{args.batch} sequences of {args.prompt} + {args.new} tokens, vocabulary {vocab}")
+    for name, value in measured.items():
+        print(f"{name:>12}: floor {1e3 * floor[name]:9.2f} ms, measured {1e3 * value:9.2f} ms, share {floor[name] / value:.2f}")
+    share = {name.replace(" ", "_"): round(floor[name] / value, 3) for name, value in measured.items()}
+    print(json.dumps({"name": f"roofline_{args.device}_{args.dtype}_{vocab}", "ratio": share["decode_step"], **share,
+                      "gigabytes_per_second": round(bandwidth / 1e9, 2), "teraflops": round(rate / 1e12, 4)}))
+
+
+if __name__ == "__main__":
+    main()
