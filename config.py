@@ -46,6 +46,9 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     lora_alpha: float = opt(32.0, "LoRA: the adapter's output is scaled by lora_alpha / lora_rank")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a "
                                               "third slower")
+    offload_optimizer: bool = opt(False, "keep AdamW's moments in host memory between steps: a GPU saves eight "
+                                         "bytes a weight and waits for two transfers a step")
+    compile: bool = opt(False, "torch.compile the decode step: half a minute once, worth it for long bfloat16 rollouts")
     # loss: one entry of each table of losses.py
     divergence: str = opt("reverse_kl", "what is differentiated", tuple(DIVERGENCES))
     advantage: str = opt("opd", "credit per token, for policy_gradient", tuple(ADVANTAGES))

@@ -95,7 +95,7 @@ def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollo
 
 
 def sampling(cfg) -> dict:
-    return dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, slots=cfg.slots,
+    return dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, slots=cfg.slots, compile=cfg.compile,
                 progress="rollout" if cfg.max_new_tokens > 200 else None)
 
 
@@ -242,7 +242,7 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
         for _ in range(cfg.updates):
             per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, **sizes)
             extra = teacher_sampling(cfg, run, asked, step, written, sizes)
-            metrics = update(run.student, optimizer, s, scale_N, per_row, cfg.max_grad_norm) | extra
+            metrics = update(run.student, optimizer, s, scale_N, per_row, cfg.max_grad_norm, cfg.offload_optimizer) | extra
         if run.average is not None:
             update_average(run.average, run.student, cfg.ema)
     repeat_N = [x for b in range(len(asked)) for x in losses.repeats(rollout.response(b))]

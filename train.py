@@ -29,6 +29,7 @@ from eval import evaluate, metrics_of
 from memory import give_back_freed_memory, size_text, used_memory
 from prepare import Setup, parse_teachers, set_up
 from report import check_tokenizers, report, self_check
+from rollout import generate
 from step import Clock, teacher_responses, train_step
 from tokenizer import UserError, one_line
 
@@ -132,6 +133,8 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
     else:
         if cfg.self_check:
             self_check(cfg, run)
+        if cfg.compile:
+            warm_up(cfg, run)
         check_tokenizers(cfg, run)
         begun = time.perf_counter()
         before, samples = test(cfg, run, run.actor, "student before")
@@ -181,6 +184,13 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
                 return 128 + stop
     finish(cfg, folder, state, run.student.device, memory_before)
     return 0
+
+
+def warm_up(cfg: Config, run: Setup) -> None:
+    """Compile the decode step on two short responses and say what that took."""
+    begun = time.perf_counter()
+    generate(run.actor, run.prompts[:2], max_new_tokens=3, stop_ids=(), vocab_size=run.vocab_size, compile=True)
+    print(f"compile the first decode steps took {time.perf_counter() - begun:.0f} s")
 
 
 def note_time(state: dict, record: dict, seconds: dict[str, float]) -> None:

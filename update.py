@@ -86,15 +86,26 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
     return parallel.joined(per_row, parallel.owned(s.sequence_N))
 
 
+def move_moments(optimizer, device) -> None:
+    """AdamW's moments to `device`; the step count stays where its kernel wants it."""
+    for state in optimizer.state.values():
+        for key in state.keys() - {"step"}:
+            state[key] = state[key].to(device)
+
+
 def update(student: Transformer, optimizer, s: Signals, scale_N: Tensor, per_row: dict[str, Tensor],
-           max_grad_norm: float) -> dict[str, float]:
+           max_grad_norm: float, offload: bool = False) -> dict[str, float]:
     """One optimizer step on the gradient that backward() left. Returns the step's loss, the gradient norm
     before clipping and the mean diagnostics. A loss or gradient that is not finite moves nothing: skipped =
-    1."""
+    1. offload: the moments live in host memory and visit the device for this call only."""
     grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_([p for _, p in trainable(student)], max_grad_norm))
     loss = (per_row.pop("loss") * scale_N).sum()
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
     if finite:
+        if offload:
+            move_moments(optimizer, student.device)
         optimizer.step()
+        if offload:
+            move_moments(optimizer, "cpu")
     return {"loss": loss.item(), "grad_norm": grad_norm.item(), "skipped": 0 if finite else 1,
             **losses.summarise(per_row, s.position_N, s.length_B[s.sequence_N])}

@@ -523,6 +523,21 @@ def test_memory_plan_equals_the_tensors_of_a_step(setup, monkeypatch, flags):
         name: sum(x.numel() * x.element_size() for x in held) for name, held in tensors.items()}
 
 
+def test_offloaded_moments_visit_and_train_the_same(setup):
+    """fails if: a moment is left behind, the step count moves, or the weights come out differently."""
+    weights = []
+    for offload in (None, True):
+        cfg, run = setup(offload_optimizer=offload)
+        optimizer = adamw(run)
+        for step in range(2):
+            step_file.train_step(cfg, run, optimizer, step, {}, step_file.Clock())
+        weights.append([p.clone() for p in run.student.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+    update.move_moments(optimizer, "meta")
+    for state in optimizer.state.values():
+        assert {key for key, value in state.items() if value.device.type == "meta"} == {"exp_avg", "exp_avg_sq"}
+
+
 def test_the_peak_counts_the_larger_phase():
     """fails if: cache and activations, which are never there together, are added up."""
     plan = {"weights": 100, "KV cache": 7, "activations of a micro-batch": 3, "logits of a chunk": 2}
