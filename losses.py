@@ -334,7 +334,8 @@ DIAGNOSTIC_K = 16       # the k of Rethinking OPD's metrics (arXiv:2604.13016, s
 
 def diagnostics(r: Rows) -> dict[str, Tensor]:
     """Per row, no gradient.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens
-    in both top-16 sets. NaN where a quantity is undefined (no shared token); means skip those rows."""
+    in both top-16 sets. NaN where a quantity is undefined (no shared token); means skip those rows. Names
+    that end in _code: as thunlp/OPD logs them, which is not as the paper defines them."""
     p, q = r.student_NV.detach(), r.teacher_NV
     entropy_p, entropy_q = -(p.exp() * p).sum(-1), -(q.exp() * q).sum(-1)
     k = min(DIAGNOSTIC_K, p.shape[1])
@@ -343,6 +344,8 @@ def diagnostics(r: Rows) -> dict[str, Tensor]:
     teacher_NK = q.gather(1, student_id_NK)         # q on the student's top k; its own top k is top_teacher_NK
     keep_NK = (student_id_NK[:, :, None] == teacher_id_NK[:, None, :]).any(2)
     size = keep_NK.sum(-1)
+    inside = keep_NK.to(p.dtype)
+    training_NK = student_NK.log_softmax(-1).exp() * (teacher_NK - student_NK)      # the code's advantage of every token
     shared_kl = kl_on_support(renormalised(student_NK, keep_NK), renormalised(teacher_NK, keep_NK), keep_NK)
     return {
         "reverse_kl": (p.exp() * (p - q)).sum(-1),
@@ -351,6 +354,10 @@ def diagnostics(r: Rows) -> dict[str, Tensor]:
         "overlap_mass_student": torch.where(keep_NK, student_NK.exp(), 0.0).sum(-1),
         "overlap_mass_teacher": torch.where(keep_NK, teacher_NK.exp(), 0.0).sum(-1),
         "overlap_advantage": torch.where(size > 0, -shared_kl / size, torch.nan),
+        # over k here, divided by overlap_ratio in summarise: the mean over all shared tokens of the step
+        "overlap_advantage_code": (training_NK * inside).sum(-1) / k,
+        "overlap_mass_student_code": torch.where(size > 0, (student_NK.exp() * inside).sum(-1), torch.nan),
+        "overlap_mass_teacher_code": torch.where(size > 0, (teacher_NK.exp() * inside).sum(-1), torch.nan),
         "student_entropy": entropy_p,
         "teacher_entropy": entropy_q,
         "entropy_gap": (entropy_q - entropy_p).abs(),
@@ -384,6 +391,9 @@ def summarise(per_row: dict[str, Tensor], position_N: Tensor, length_N: Tensor) 
         out[name] = value_N.nanmean().item()
         for quarter in range(4):
             out[f"{name}/q{quarter + 1}"] = value_N[quarter_N == quarter].nanmean().item()
+    for part in ("", "/q1", "/q2", "/q3", "/q4"):
+        if out.get(f"overlap_ratio{part}"):
+            out[f"overlap_advantage_code{part}"] /= out[f"overlap_ratio{part}"]
     return out
 
 

@@ -57,7 +57,7 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
     tokens = max(min(cfg.micro_batch_tokens, sequences * length), length)
     plan = {
         "student weights, float32": 4 * (weights + adapters),
-        "gradients and AdamW moments": 12 * (adapters or weights),
+        "gradients and AdamW moments": (4 if cfg.offload_optimizer else 12) * (adapters or weights),
         "student copy for sampling": 0 if dtype == torch.float32 else item * weights,
         "KV cache": min(cfg.slots, sequences) * length * 2 * s.num_hidden_layers * kv * item,
         "activations of a micro-batch": kept_activations(s, tokens, item, cfg.gradient_checkpointing),

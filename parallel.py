@@ -143,6 +143,8 @@ def check(cfg) -> None:
     """What does not work on several processes is refused before anything is loaded."""
     if Group.world == 1:
         return
+    if cfg.offload_optimizer:
+        raise UserError("--offload_optimizer runs in one process: several already share the moments out; leave it out")
     if cfg.device == "mps":
         raise UserError("--device mps runs in one process; start it with python instead of torchrun")
     if cfg.device != "cpu" and torch.cuda.is_available() and Group.local >= torch.cuda.device_count():

@@ -571,7 +571,11 @@ def diagnostics_ref(p, q):
     p_I, q_I = p[shared], q[shared]
     advantage = [pv / p_I.sum() * np.log((qv / q_I.sum()) / (pv / p_I.sum())) for pv, qv in zip(p_I, q_I)]
     entropy_p, entropy_q = -(p * np.log(p)).sum(), -(q * np.log(q)).sum()
-    return {"reverse_kl": sum(p * np.log(p / q)), "forward_kl": sum(q * np.log(q / p)),
+    mass = sum(p[v] for v in top_p)
+    code = [p[v] / mass * np.log(q[v] / p[v]) for v in shared]
+    return {"overlap_advantage_code": sum(code) / k, "overlap_mass_student_code": p_I.sum() if shared else np.nan,
+            "overlap_mass_teacher_code": q_I.sum() if shared else np.nan,
+            "reverse_kl": sum(p * np.log(p / q)), "forward_kl": sum(q * np.log(q / p)),
             "overlap_ratio": len(shared) / k,
             "overlap_mass_student": p_I.sum(), "overlap_mass_teacher": q_I.sum(),
             "overlap_advantage": np.mean(advantage) if shared else np.nan,
@@ -607,6 +611,20 @@ def test_diagnostics_of_a_student_equal_to_its_teacher():
     for name in ("overlap_advantage", "entropy_gap", "reverse_kl", "forward_kl"):
         close(same[name], np.zeros(ROWS), 1e-14)
     assert (apart["overlap_advantage"].nan_to_num(-1.0) <= 1e-14).all() and (apart["entropy_gap"] >= 0).all()
+
+
+def test_the_codes_advantage_is_pooled_over_shared_tokens():
+    """fails if: rows are averaged first, so that a row with one shared token weighs as much as one with sixteen"""
+    z, teacher_z = logits(6, vocab=40), logits(7, vocab=40)
+    z[0] = 4 * torch.randn(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    pooled = []
+    for p, q in zip(probs(z), probs(teacher_z)):
+        top_p, top_q = (np.argsort(-x)[:16] for x in (p, q))
+        pooled += [p[v] / p[top_p].sum() * np.log(q[v] / p[v]) for v in top_p if v in top_q]
+    position_N = torch.zeros(len(z), dtype=torch.int64)
+    out = summarise(diagnose(z, teacher_z), position_N, position_N + 1)
+    close(out["overlap_advantage_code"], np.mean(pooled))
+    close(out["overlap_advantage_code/q1"], np.mean(pooled))
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
