@@ -21,8 +21,9 @@ LIBRARIES = 64 * 2**20      # what tokenizers, torch and its kernels take once t
 
 
 def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
-    """Rows whose float32 logits take 32 MB on a CPU (fewer would read the whole head for a handful of rows) and 256 MB on a GPU."""
-    return cfg.chunk_rows or max(16, (2**23 if device.type == "cpu" else 2**26) // vocab_size)
+    """Rows whose float32 logits take 256 MB on a GPU; on a CPU 2 MB, which stay in cache, but at least 64 rows,
+    fewer of which would not pay for reading the head."""
+    return cfg.chunk_rows or (max(64, 2**19 // vocab_size) if device.type == "cpu" else max(16, 2**26 // vocab_size))
 
 
 def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool) -> int:
@@ -133,8 +134,9 @@ def size_text(size: float) -> str:
 def give_back_freed_memory() -> None:
     """Tell glibc to hand large freed blocks back to the system at once instead of keeping them in pieces:
     chunk after chunk of logits otherwise leaves a heap of 1.1 full logits tensors behind, with this 0.1
-    (bench/loss.py). Elsewhere: nothing."""
+    (bench/loss.py). Large is above 8 MB: blocks that are paged in anew at every use cost more than the
+    arithmetic on them. Elsewhere: nothing."""
     try:
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)      # -3 = M_MMAP_THRESHOLD, which grows by itself unless it is set
+        ctypes.CDLL(None).mallopt(-3, 1 << 23)      # -3 = M_MMAP_THRESHOLD, which grows by itself unless it is set
     except (OSError, AttributeError):
         pass

@@ -24,7 +24,7 @@ from memory import auto_chunk
 from model import ModelConfig, Transformer, checkpoint_folder, load_model
 from rollout import generate
 from teacher import score
-from train import Config
+from config import Config
 from update import backward, row_scale, signals
 
 

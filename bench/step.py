@@ -67,7 +67,7 @@ def ours(args, folder: Path) -> dict:
     from model import load_model
     from rollout import generate
     from teacher import score
-    from train import Config
+    from config import Config
     from update import backward, row_scale, signals, update
     give_back_freed_memory()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
