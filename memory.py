@@ -13,17 +13,16 @@ import torch
 import parallel
 from model import ModelConfig, Transformer
 
-# (chunk_rows, V) float32 tensors that are alive at once inside losses.chunked_backward, both sides' logits
-# included
+# float32 tensors over the vocabulary that are alive at once while a few rows run their loss
 CHUNK_TENSORS = {"cross_entropy": 4, "skewed_forward_kl": 10, "uld": 11, "skewed_reverse_kl": 13, "jsd": 14, "gold": 14}
 OTHER_DIVERGENCES = 7
-LIBRARIES = 64 * 2**20      # what tokenizers, torch and its kernels take once they are in use
+LIBRARIES = 96 * 2**20      # what tokenizers, torch, its kernels and its allocator take once they are in use
 
 
 def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
-    """Rows whose float32 logits take 256 MB on a GPU; on a CPU 2 MB, which stay in cache, but at least 64 rows,
+    """Rows whose float32 logits take 256 MB on a GPU; on a CPU 2 MB, which stay in cache, but at least 96 rows,
     fewer of which would not pay for reading the head."""
-    return cfg.chunk_rows or (max(64, 2**19 // vocab_size) if device.type == "cpu" else max(16, 2**26 // vocab_size))
+    return cfg.chunk_rows or (max(96, 2**19 // vocab_size) if device.type == "cpu" else max(16, 2**26 // vocab_size))
 
 
 def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool) -> int:
@@ -44,8 +43,8 @@ def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool
 
 
 def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int,
-                chunk_rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes, by what they are for. Weights, gradients, moments, cache and hidden rows are exact, the rest within a
+                chunk_rows: int, dtype: torch.dtype, at_once: int | None = None) -> dict[str, int]:
+    """Bytes, by what they are for. at_once: rows that run their loss together (losses.rows_at_once). Weights, gradients, moments, cache and hidden rows are exact, the rest within a
     few percent."""
     def size(config: ModelConfig) -> int:
         with torch.device("meta"):
@@ -62,7 +61,9 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
         "student copy for sampling": 0 if dtype == torch.float32 else item * weights,
         "KV cache": min(cfg.slots, sequences) * length * 2 * s.num_hidden_layers * kv * item,
         "activations of a micro-batch": kept_activations(s, tokens, item, cfg.gradient_checkpointing),
-        "logits of a chunk": (CHUNK_TENSORS.get(cfg.divergence, OTHER_DIVERGENCES) * 4 * min(chunk_rows, rows) * vocab_size),
+        "logits of the slots": min(cfg.slots, sequences) * vocab_size * item,
+        "logits of a chunk": vocab_size * (2 * item * min(chunk_rows, rows) + 4 * min(at_once or chunk_rows, rows)
+                                           * CHUNK_TENSORS.get(cfg.divergence, OTHER_DIVERGENCES)),
         "libraries": LIBRARIES,
     }
     if teachers:
@@ -74,9 +75,9 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
 def peak(plan: dict[str, int]) -> int:
     """What is there all the time, plus the larger of the two phases: the cache is freed before the update
     begins."""
-    rollout, update = ("KV cache",), ("activations of a micro-batch", "logits of a chunk")
+    rollout, update = ("KV cache", "logits of the slots"), ("activations of a micro-batch", "logits of a chunk")
     return (sum(size for name, size in plan.items() if name not in rollout + update)
-            + max(sum(plan[name] for name in phase) for phase in (rollout, update)))
+            + max(sum(plan.get(name, 0) for name in phase) for phase in (rollout, update)))
 
 
 def total_memory(device: torch.device) -> int:
@@ -134,9 +135,9 @@ def size_text(size: float) -> str:
 def give_back_freed_memory() -> None:
     """Tell glibc to hand large freed blocks back to the system at once instead of keeping them in pieces:
     chunk after chunk of logits otherwise leaves a heap of 1.1 full logits tensors behind, with this 0.1
-    (bench/loss.py). Large is above 8 MB: blocks that are paged in anew at every use cost more than the
+    (bench/loss.py). Large is above 4 MB: blocks that are paged in anew at every use cost more than the
     arithmetic on them. Elsewhere: nothing."""
     try:
-        ctypes.CDLL(None).mallopt(-3, 1 << 23)      # -3 = M_MMAP_THRESHOLD, which grows by itself unless it is set
+        ctypes.CDLL(None).mallopt(-3, 1 << 22)      # -3 = M_MMAP_THRESHOLD, which grows by itself unless it is set
     except (OSError, AttributeError):
         pass

@@ -14,7 +14,7 @@ from align import Bridge
 from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
 from eval import Problem, load_problems, template_variable
-from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
+from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE, rows_at_once
 from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model, set_threads
 from teacher import check_same_tokens
@@ -238,7 +238,7 @@ def set_up(cfg) -> tuple:
     own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
     chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device)
     plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference), max(map(len, shown or prompts)),
-                 tokenizer.vocab_size, chunk_rows, dtype)
+                 tokenizer.vocab_size, chunk_rows, dtype, rows_at_once(chunk_rows, tokenizer.vocab_size, device))
     cfg = fit(cfg, *plan_args, device=device)
     print_plan(cfg, *plan_args, device=device)
     if cfg.plan:

@@ -239,4 +239,4 @@ def test_what_processes_cannot_do_is_refused(monkeypatch, device, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=words):
-        parallel.check(SimpleNamespace(device=device))
+        parallel.check(SimpleNamespace(offload_optimizer=False, device=device))
