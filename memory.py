@@ -107,7 +107,8 @@ def fit(cfg, *plan_args, device: torch.device):
     return cfg
 
 
-def print_plan(cfg, *plan_args, device: torch.device) -> None:
+def print_plan(cfg, *plan_args, device: torch.device) -> int:
+    """Say what the run will take; returns the bytes at the peak."""
     plan = parallel.per_process(memory_plan(cfg, *plan_args))
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.items() if size)
     total = peak(plan)
@@ -117,6 +118,7 @@ def print_plan(cfg, *plan_args, device: torch.device) -> None:
         print(f"        only {size_text(free)} are free: lower --micro_batch_tokens, --slots or "
               f"--max_new_tokens, or use "
               f"--lora_rank or --gradient_checkpointing")
+    return total
 
 
 def used_memory(device: torch.device, since: int = 0) -> int:

@@ -57,6 +57,7 @@ class Setup:
     variables: dict                     # of the chat template; teacher_variables likewise
     teacher_variables: dict
     chunk_rows: int
+    planned_memory: int                 # bytes at the peak, as announced
 
     @property
     def vocab_size(self) -> int:
@@ -240,7 +241,7 @@ def set_up(cfg) -> tuple:
     plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference), max(map(len, shown or prompts)),
                  tokenizer.vocab_size, chunk_rows, dtype, rows_at_once(chunk_rows, tokenizer.vocab_size, device))
     cfg = fit(cfg, *plan_args, device=device)
-    print_plan(cfg, *plan_args, device=device)
+    planned = print_plan(cfg, *plan_args, device=device)
     if cfg.plan:
         sys.exit(0)
     student = load_model(folder, compute_dtype=dtype, device=device)
@@ -254,7 +255,7 @@ def set_up(cfg) -> tuple:
     parallel.shard(*models, reference)
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
     return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train, first,
-                 held_out, prompts, shown, given, variables, teacher_variables, chunk_rows)
+                 held_out, prompts, shown, given, variables, teacher_variables, chunk_rows, planned)
 
 
 def load_other(cfg, run: Setup) -> Transformer:

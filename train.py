@@ -182,7 +182,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
             if stop and step < cfg.steps:
                 tqdm.write(f"stopped after step {step}; the same command goes on from there")
                 return 128 + stop
-    finish(cfg, folder, state, run.student.device, memory_before)
+    finish(cfg, folder, state, run, memory_before)
     return 0
 
 
@@ -230,12 +230,13 @@ def evaluate_and_note(cfg: Config, run: Setup, folder: RunFolder, state: dict, t
     tqdm.write(example(run, samples, step))
 
 
-def finish(cfg: Config, folder: RunFolder, state: dict, device: torch.device, memory_before: int) -> None:
+def finish(cfg: Config, folder: RunFolder, state: dict, run: Setup, memory_before: int) -> None:
     folder.write_summary({"before": state["before"], "after": state["after"], "teacher": state["teacher"],
                           "steps": state["step"], "seconds": state["seconds"], "tokens": state["tokens"],
                           "best": {"step": state["best_step"], f"avg@{cfg.eval_k}": state["best"]},
                           "skipped": state["skipped"], "recipe": cfg.recipe, "timings": timings(state),
-                          "peak_memory": used_memory(device, memory_before)})
+                          "planned_memory": run.planned_memory,
+                          "peak_memory": used_memory(run.student.device, memory_before)})
     print(closing_line(cfg, folder, folder.summary()))
 
 

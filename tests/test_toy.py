@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import config  # noqa: E402
 import train  # noqa: E402
 from eval import evaluate, load_problems  # noqa: E402
 from model import load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
-TOY = train.TOY
+TOY = config.TOY
 FILES = [TOY / name for name in ("train.jsonl", "test.jsonl", "mixed_train.jsonl", "mixed_test.jsonl")]
 
 
