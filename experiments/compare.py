@@ -149,13 +149,16 @@ def accuracy_by(folder: Path, kind: Callable[[dict], str], step: int | None = No
     """kind of problem -> accuracy on the held-out problems of this kind, at one evaluation (None: the last).
     kind is a function of a problem's record."""
     config = json.loads((folder / "config.json").read_text())
-    kinds = [kind(json.loads(line)) for line in Path(config["eval_data"]).read_text().splitlines()]
+    problems = [json.loads(line) for line in Path(config["eval_data"]).read_text().splitlines()]
     files = sorted((folder / "samples").glob("step-*.jsonl"))
     file = files[-1] if step is None else folder / "samples" / f"step-{step:06d}.jsonl"
+    return mean_by(kind, problems, [json.loads(line) for line in file.read_text().splitlines()])
+
+
+def mean_by(kind: Callable[[dict], str], problems: list[dict], samples: list[dict]) -> dict[str, float]:
     right: dict[str, list[bool]] = {}
-    for line in file.read_text().splitlines():
-        sample = json.loads(line)
-        right.setdefault(kinds[sample["problem"]], []).append(sample["correct"])
+    for sample in samples:
+        right.setdefault(kind(problems[sample["problem"]]), []).append(sample["correct"])
     return {name: float(np.mean(found)) for name, found in right.items()}
 
 

@@ -13,9 +13,9 @@ Design     Exact reverse KL, 40 steps, toy/student. Its teachers: toy/teacher (s
            teacher_same (the student itself after 30 steps on written-out problems without `*`: reminded,
            nothing new); teacher_low (never saw a `*`); teacher_other (toy/teacher retrained to write
            `3+8:1,1*2:2#2`: as right, another notation); the student as it is. student_other is toy/student
-           with that notation. These are made first, by imitation, once. Overlap is of the top 16 of 259
-           tokens, most of which never occur: the mass tells more than the ratio. Prompts: teacher_low has
-           only seen those without `*`.
+           with that notation, from fewer steps. These are made first, by imitation, once. Overlap is of the
+           top 16 of 259 tokens, most of which never occur: the mass tells more than the ratio. Prompts:
+           teacher_low has only seen those without `*`.
 Against    teacher_other as good as teacher; teacher_same lifting the student to teacher; the reverse run
            keeping what it had; cold start no help; the teacher's gain not falling with the cut.
 """
@@ -46,16 +46,14 @@ QUIET = "--eval_every 0 --eval_k 4 --no-eval_teacher"
 
 
 def write_problems(runs: Path) -> dict[str, Path]:
-    """Problems without `*` (low), with nothing else (high), all kinds and low with solutions in another notation."""
+    """Problems without `*` (low), with nothing else (high), and of all kinds with solutions in another notation."""
     runs.mkdir(parents=True, exist_ok=True)
     every, mixed = ([json.loads(line) for line in (TOY / name).read_text().splitlines()]
                     for name in ("train.jsonl", "mixed_train.jsonl"))
-
-    def translated(records: list[dict]) -> list[dict]:
-        return [record | {"solution": record["solution"].translate(str.maketrans("=;", ":,"))} for record in records]
     low, high = ([record for record in mixed if record["kind"] == kind] for kind in ("low", "high"))
+    other = [record | {"solution": record["solution"].translate(str.maketrans("=;", ":,"))} for record in every]
     paths = {}
-    for name, chosen in (("low", low), ("high", high), ("other", translated(every)), ("low_other", translated(low))):
+    for name, chosen in (("low", low), ("high", high), ("other", other)):
         paths[name] = runs.resolve() / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(record) + "\n" for record in chosen))
     return paths
@@ -71,17 +69,20 @@ def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:
                 "teacher_other": made["teacher_other"], "the student as it is": TOY / "student"}
     other = f"opd --student {made['student_other']}"
     pair = {"student_other <- teacher": other,
-            "the same after 3 steps of imitation": f"{other} --cold_start_steps 3",
             "the same after 10 steps of imitation": f"{other} --cold_start_steps 10",
+            "the same after 20 steps of imitation": f"{other} --cold_start_steps 20",
+            "imitation alone": f"{other} --cold_start_steps {STEPS}",
             "student_other <- teacher_other": f"{other} --teacher {made['teacher_other']}"}
     prompts = {"only the teacher's kind": f"opd --data {data['low']}",
                "half of another kind": f"opd --data {data['low']} --mix_data {data['high']} --mix 0.5",
                "only another kind": f"opd --data {data['high']}"}
-    short, strong = f"--steps {STEPS} --eval_every 0 --eval_k 4", runs.resolve() / "before" / "strong-{seed}" / "last"
+    fast = "--lr 1e-3"        # the new separators' embeddings are learnt from nothing
+    short = f"--steps {STEPS} --eval_every 0 --eval_k 4"
+    strong = runs.resolve() / "before" / "strong-{seed}" / "last"
     return {
         "made": ({"teacher_same": f"sft --student {TOY / 'student'} --data {data['low']} --steps 30 --lr 3e-4",
-                  "teacher_other": f"sft --student {TOY / 'teacher'} --data {data['other']} --steps 100 --lr 1e-3",
-                  "student_other": f"sft --student {TOY / 'student'} --data {data['low_other']} --steps 60 --lr 1e-3"},
+                  "teacher_other": f"sft --student {TOY / 'teacher'} --data {data['other']} --steps 400 {fast}",
+                  "student_other": f"sft --student {TOY / 'student'} --data {data['other']} --steps 250 {fast}"},
                  QUIET),
         "teachers": ({name: f"opd --teacher {folder}" for name, folder in teachers.items()}, short),
         "depth": (DEPTH, f"{short} --no-eval_teacher"),
@@ -160,7 +161,7 @@ def between_teachers(flags: str, seed: int, runs: Path) -> tuple[float, float, f
     line = f"{flags} --teacher {same} --report_only --compare_teacher {TOY / 'student'}"
     cfg, _ = train.parse(arguments("opd", line, seed, runs / "look"))
     with redirect_stdout(sys.stderr):
-        run = set_up(cfg)
+        cfg, run = set_up(cfg)
         rollout, _, first, _, _, _ = look(cfg, run, 0, {}, Clock())
         mine, other = (disagreement(read(cfg, run, [model], rollout), first, temperature=cfg.temperature,
                                     chunk_rows=run.chunk_rows) for model in (run.student, load_other(cfg, run)))
