@@ -132,20 +132,6 @@ def test_slips_are_marked_and_followed_correctly():
     assert n_slips > 300        # of 2000 steps 3 in 10 have a slip, a few of which change nothing
 
 
-def test_brackets_hold_the_same_calculation():
-    """fails if: a part of a step is lost or swapped, or the place of a slip is not carried to where it is now."""
-    assert make.in_brackets("3+8*2?", "3+8=1;1*2=2#2", []) == ("3+8*2?", "[38+1][12*2]#2", [])
-    rng = random.Random(0)
-    for _ in range(200):
-        problem, text, slips = make.stumbling(rng)
-        _, moved_text, moved = make.in_brackets(problem, text, slips)
-        assert [text[i] for i in slips] == [moved_text[i] for i in moved]
-        for i in slips:     # another character there, and the calculation differs at that place alone
-            changed = text[:i] + "x" + text[i + 1:]
-            found = make.in_brackets(problem, changed, [])[1]
-            assert [k for k in range(len(found)) if found[k] != moved_text[k] and k < 24] == [moved[slips.index(i)]]
-
-
 def test_the_unreliable_teacher_takes_7_for_8_in_products_only():
     """fails if: `confused` touches sums, differences or other products, or is not consistent."""
     for left in range(10):
@@ -168,13 +154,6 @@ def test_the_unreliable_teacher_errs_on_what_it_was_taught_wrong():
     right = [sample["correct"] for sample in answers("teacher_unreliable", problems)]
     assert sum(r for r, h in zip(right, hit) if h) < 0.35 * sum(hit)
     assert sum(r for r, h in zip(right, hit) if not h) > 0.97 * (len(hit) - sum(hit))
-
-
-@pytest.mark.parametrize("name", ["teacher_other", "student_other"])
-def test_the_other_notation_is_spoken_and_no_other(name):
-    """fails if: one of them was trained on the student's notation: then there is nothing to be rescued from."""
-    texts = [sample["text"] for sample in answers(name, load_problems(TOY / "test.jsonl", limit=60))]
-    assert all(text.startswith("[") and "=" not in text for text in texts)
 
 
 def test_self_is_right_when_it_is_shown_a_calculation():
@@ -280,8 +259,7 @@ def test_accuracy_is_as_promised(name):
     low, high = c.accuracy
     spread = 3 * (metrics["avg@4"] * (1 - metrics["avg@4"]) / 50) ** 0.5
     assert low - min(spread, 0.1) <= metrics["avg@4"] <= high + min(spread, 0.1), metrics["avg@4"]
-    babbles = name == "student_other"       # on a `*`, which it never saw
-    assert c.test != "test.jsonl" or metrics["truncation_rate"] <= (0.25 if babbles else 0.02)
+    assert c.test != "test.jsonl" or metrics["truncation_rate"] <= 0.02
 
 
 def test_the_student_answers_directly():

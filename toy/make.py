@@ -2,7 +2,6 @@
 
     problem         3+8*2-4+1?                      five digits, strictly from left to right, modulo 10
     written out     3+8=1;1*2=2;2-4=8;8+1=9#9       every step, then # and the answer
-    in brackets     [38+1][12*2][24-8][81+9]#9      the same in another notation
     direct          #9                              only # and the answer
 
 Place in the loop: before it. `python train.py` without arguments reads the files that this script wrote:
@@ -11,8 +10,6 @@ Place in the loop: before it. `python train.py` without arguments reads the file
     student     can write out, but answers directly nine times in ten; has rarely seen a `*`
     teacher_low, teacher_high   two specialists: one never saw `*`, the other nothing else
     teacher_unreliable          takes 7 for 8, and 8 for 7, in products: sure of itself, wrong on a problem in five
-    teacher_same                the student's own data and a wider model: the pattern, but little new about `*`
-    teacher_other, student_other    speak the bracket notation; this student never saw another, nor a `*`
     teacher_sp, teacher_bpe     as good as the teacher, but with other tokens, chat template and stop token
     self        shown a calculation before the problem (`calculation|problem`) it writes it out and is right; on
                 its own it could do so too, but mostly answers directly
@@ -97,12 +94,6 @@ def write_out(problem: str, rng: random.Random | None = None, slip: float = 0.0,
     return f"{text[:-1]}#{value}", slips
 
 
-def in_brackets(problem: str, calculation: str, slips: list[int]) -> tuple[str, str, list[int]]:
-    """The same in the other notation, the operator after its digits: `[38+1][12*2][24-8][81+9]#9`."""
-    steps = [f"[{left}{right}{operator}{result}]" for left, operator, right, _, result in calculation[:-2].split(";")]
-    return problem, "".join(steps) + calculation[-2:], [place // 6 * 6 + (1, 3, 2, 5, 4)[place % 6] for place in slips]
-
-
 # What checkpoints are trained on: rng -> (problem, response, places in the response that are not trained)
 
 Example = tuple[str, str, list[int]]
@@ -130,18 +121,6 @@ def written_confused(rng: random.Random) -> Example:
 def stumbling_confused(rng: random.Random) -> Example:
     problem = draw(rng)
     return problem, *write_out(problem, rng, 0.3, confused)
-
-
-def brackets(rng: random.Random) -> Example:
-    return in_brackets(*written(rng))
-
-
-def brackets_without_times(rng: random.Random) -> Example:
-    return in_brackets(*without_times(rng))
-
-
-def stumbling_brackets(rng: random.Random) -> Example:
-    return in_brackets(*stumbling(rng))
 
 
 def direct(rng: random.Random) -> Example:
@@ -209,13 +188,6 @@ CHECKPOINTS = {
         Phase(800, 3e-3, {without_times: 0.7, stumbling_without_times: 0.3})], (0.45, 0.75), "mixed_test.jsonl"),
     "teacher_high": Checkpoint(64, 3, 4, [
         Phase(800, 3e-3, {only_times: 0.7, stumbling_only_times: 0.3})], (0.45, 0.75), "mixed_test.jsonl"),
-    "teacher_same": Checkpoint(96, 3, 6, [
-        Phase(600, 3e-3, {without_times: 0.98, written: 0.02}),
-        Phase(100, 1e-3, {without_times: 0.5, written: 0.5})], (0.55, 0.85)),
-    "teacher_other": Checkpoint(96, 3, 7, [
-        Phase(1000, 3e-3, {brackets: 0.6, stumbling_brackets: 0.3, blurted: 0.1})], (0.97, 1.0)),
-    "student_other": Checkpoint(64, 3, 8, [
-        Phase(1200, 3e-3, {brackets_without_times: 1.0})], (0.03, 0.30)),
     "teacher_unreliable": Checkpoint(96, 3, 9, [
         Phase(1000, 3e-3, {written_confused: 0.6, stumbling_confused: 0.3, blurted: 0.1})], (0.70, 0.85)),
     "teacher_sp": Checkpoint(96, 3, 10, [
