@@ -86,7 +86,7 @@ def main() -> None:
         teacher = load_model(folders[1], dtype=dtype, device=device).requires_grad_(False)
     student.gradient_checkpointing = args.gradient_checkpointing
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    vocab, cfg = min(student.config.vocab_size, teacher.config.vocab_size), Config()
+    vocab, cfg = min(student.config.vocab_size, teacher.config.vocab_size), Config(micro_batch_tokens=16_384)
     chunk_rows = auto_chunk(cfg, vocab, device)
     prompts = torch.randint(vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
 
