@@ -44,7 +44,7 @@ def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool
 
 def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int,
                 chunk_rows: int, dtype: torch.dtype, at_once: int | None = None) -> dict[str, int]:
-    """Bytes, by what they are for. at_once: rows that run their loss together (losses.rows_at_once). Weights, gradients, moments, cache and hidden rows are exact, the rest within a
+    """Bytes, by what they are for. at_once: rows that run their loss together (update.rows_at_once). Weights, gradients, moments, cache and hidden rows are exact, the rest within a
     few percent."""
     def size(config: ModelConfig) -> int:
         with torch.device("meta"):

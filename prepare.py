@@ -14,11 +14,12 @@ from align import Bridge
 from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
 from eval import Problem, load_problems, template_variable
-from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE, rows_at_once
+from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
 from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model, set_threads
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
+from update import rows_at_once
 
 
 def needs(cfg, what: str) -> bool:
