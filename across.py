@@ -8,9 +8,10 @@ effective log-prob, so that advantages, weights, filters and routing work as eve
 scored gets the student's own log-prob: no credit, and no part in the loss.
 
     chunks of one token on both sides    the teacher's log-prob itself, and its whole distribution
-    other chunks                         align.credit shares the chunk's log-ratio out; no distribution
+    other chunks                         chunk_credit.py shares the log-ratio out; no distribution
 
-Cross-tokenizer OPD, arXiv:2606.09456. Not here: text and bytes (align.py).
+Cross-tokenizer OPD, arXiv:2606.09456. Not here: text and bytes (align.py); the
+rules for the tokens of a chunk (chunk_credit.py).
 """
 import time
 from collections import Counter
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 import parallel
-from align import CREDIT, Bridge, Reading, chunk_sums, credit, prefix_scores, slice_mass
+from align import Bridge, Reading
+from chunk_credit import CREDIT, chunk_sums, credit, prefix_scores, slice_mass
 from losses import opt
 from model import Transformer
 from rollout import Rollout, from_responses

@@ -5,7 +5,7 @@
 Claim      On-policy distillation works across tokenizers, and takes far less compute than imitating text
            that the teacher writes; how a chunk's log-ratio is shared out among its tokens matters.
 Paper      DPCA, arXiv:2606.09456 (chunks, proportional credit, compute); strict 1:1 distillation,
-           arXiv:2610.08448; ULD, arXiv:2402.12030; GOLD (TRL). `chunk` and `prefix` are ours, see align.py.
+           arXiv:2610.08448; ULD, arXiv:2402.12030; GOLD (TRL). `chunk` and `prefix` are ours: chunk_credit.py.
 Design     toy/student reads bytes, toy/teacher_bpe words of up to three bytes: about half of the student's
            tokens have no teacher token of their own. Every arm: 60 steps of 64 responses, one learning rate.
            `same tokenizer` is toy/teacher, sampled-token loss, as an upper bound.
