@@ -324,7 +324,8 @@ DIVERGENCES = {
     "policy_gradient": policy_gradient, "k2": k2, "eopd": eopd, "cross_entropy": cross_entropy,
     "uld": uld, "gold": gold,
 }
-ON_SAMPLES_ONLY = ("policy_gradient", "k2", "eopd")     # estimates that are wrong on responses the student did not write
+# estimates that are wrong on responses the student did not write
+ON_SAMPLES_ONLY = ("policy_gradient", "k2", "eopd")
 USES_ADVANTAGE = ("policy_gradient", "eopd")
 NEEDS_NO_TEACHER = ("policy_gradient", "cross_entropy")     # though an advantage may
 # teacher with another tokenizer: these look at their rows as they are, the others at the shared tokens of
@@ -350,7 +351,8 @@ def diagnostics(r: Rows) -> dict[str, Tensor]:
     keep_NK = (student_id_NK[:, :, None] == teacher_id_NK[:, None, :]).any(2)
     size = keep_NK.sum(-1)
     inside = keep_NK.to(p.dtype)
-    training_NK = student_NK.log_softmax(-1).exp() * (teacher_NK - student_NK)      # the code's advantage of every token
+    # the code's advantage of every token
+    training_NK = student_NK.log_softmax(-1).exp() * (teacher_NK - student_NK)
     shared_kl = kl_on_support(renormalised(student_NK, keep_NK), renormalised(teacher_NK, keep_NK), keep_NK)
     return {
         "reverse_kl": (p.exp() * (p - q)).sum(-1),

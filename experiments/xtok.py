@@ -104,8 +104,8 @@ def main() -> None:
         spans = [record["align_seconds"] / record["seconds"] for folder in folders for record in records(folder)
                  if "align_seconds" in record]
         shares += spans
-    table(["avg@8 at step", *map(str, STEPS), *(f"GFLOP to {target:.0%}" for target in TARGETS), "in all", "teacher's share"],
-          rows)
+    table(["avg@8 at step", *map(str, STEPS), *(f"GFLOP to {target:.0%}" for target in TARGETS), "in all",
+           "teacher's share"], rows)
     coverage = [record["strict_coverage"] for record in records(runs["chunk"][0]) if "strict_coverage" in record]
     print(f"start {np.mean([summary(folder)['before'][accuracy_key(folder)] for folder in runs['chunk']]):.1%}; "
           f"{coverage[0]:.0%} of the student's tokens have a teacher token of their own in the first step, "

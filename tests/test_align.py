@@ -1,5 +1,5 @@
-"""chunk_credit.py, the credit of tokens inside chunks: exact expectations in float64, against gradients and probabilities
-enumerated here. The tokenizers themselves are in test_align_pairs.py.
+"""chunk_credit.py, the credit of tokens inside chunks: exact expectations in float64, against gradients and
+probabilities enumerated here. The tokenizers themselves are in test_align_pairs.py.
 """
 import json
 import math
