@@ -8,9 +8,10 @@ effective log-prob, so that advantages, weights, filters and routing work as eve
 scored gets the student's own log-prob: no credit, and no part in the loss.
 
     chunks of one token on both sides    the teacher's log-prob itself, and its whole distribution
-    other chunks                         align.credit shares the chunk's log-ratio out; no distribution
+    other chunks                         chunk_credit.py shares the log-ratio out; no distribution
 
-Cross-tokenizer OPD, arXiv:2606.09456. Not here: text and bytes (align.py).
+Cross-tokenizer OPD, arXiv:2606.09456. Not here: text and bytes (align.py); the
+rules for the tokens of a chunk (chunk_credit.py).
 """
 import time
 from collections import Counter
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 import parallel
-from align import CREDIT, Bridge, Reading, chunk_sums, credit, prefix_scores, slice_mass
+from align import Bridge, Reading
+from chunk_credit import CREDIT, chunk_sums, credit, prefix_scores, slice_mass
 from losses import opt
 from model import Transformer
 from rollout import Rollout, from_responses
@@ -33,8 +35,10 @@ PAIRING = {"uld": "place", "gold": "last"}      # which teacher row a dense dive
 class AcrossArgs:
     align: str = opt("auto", "read the student's text through the teacher's tokenizer: when they differ, or always",
                      ("auto", "always"))
-    chunk_credit: str = opt("chunk", "another tokenizer: how a chunk's log-ratio becomes credit of its tokens", tuple(CREDIT))
-    chunk_clamp: float = opt(0.0, "another tokenizer: a chunk's log-ratio (prop: a token's) is kept within +- this; 0 = off")
+    chunk_credit: str = opt("chunk", "another tokenizer: how a chunk's log-ratio becomes credit of its tokens",
+                            tuple(CREDIT))
+    chunk_clamp: float = opt(0.0, "another tokenizer: a chunk's log-ratio (prop: a token's) is kept within +- this; "
+                                  "0 = off")
     max_chunk: int = opt(0, "another tokenizer: chunks of more tokens than this on either side get no credit "
                             "(the paper's code: 6); 0 = off")
     mask_whitespace: bool = opt(False, "another tokenizer: no credit for tokens of white space alone")
@@ -98,7 +102,8 @@ class Crossing:
         end_m[torch.tensor([len(ids) for ids in responses], dtype=torch.int64, device=self.device).cumsum(0) - 1] = True
         chunk_n, chunk_m, cuts = self.joined(prompts)
         self.seconds += time.perf_counter() - begun
-        count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_zeros(1)]).max()) + 1      # a chunk 0 even if all is masked
+        # the zero: a chunk 0 even if all is masked
+        count = int(torch.cat([chunk_n, chunk_m, chunk_n.new_zeros(1)]).max()) + 1
         head_VE = model.head_weight()[:bridge.teacher.vocab_size].to(model.compute_dtype)
         hidden_mE = head_VE.new_empty(0, head_VE.shape[1])
         if kept:
@@ -114,7 +119,8 @@ class Crossing:
         self.paired_N[rows] = place_N[rows] >= 0
         self.across_N[rows] = True
         self.chunk_N[rows] = torch.where(chunk_n >= 0, chunk_n + len(self.token_N) * (number + 1), -1)
-        size_c2 = torch.stack([chunk_sums(torch.ones_like(chunk), chunk, count).long() for chunk in (chunk_n, chunk_m)], 1)
+        size_c2 = torch.stack([chunk_sums(torch.ones_like(chunk), chunk, count).long()
+                               for chunk in (chunk_n, chunk_m)], 1)
         self.size_N2[rows] = torch.where(chunk_n[:, None] >= 0, size_c2[chunk_n], 0)
         mean_c = chunk_sums(entropy_m, chunk_m, count) / size_c2[:, 1].clamp(min=1)
         entropy_n = torch.where(chunk_n >= 0, mean_c[chunk_n], 0.0).to(effective_n.dtype)
@@ -170,7 +176,8 @@ class Crossing:
                 teacher_m[at] = torch.where(stop_m[at], logp_MV[:, stops].logsumexp(-1), teacher_m[at])
             if self.args.chunk_credit == "prefix":
                 here = (cuts[1] >= at.start) & (cuts[1] < at.stop)
-                mass[here] = slice_mass(logp_MV, bridge.order.to(self.device), cuts[1, here] - at.start, *cuts[2:, here])
+                mass[here] = slice_mass(logp_MV, bridge.order.to(self.device), cuts[1, here] - at.start,
+                                        *cuts[2:, here])
         return teacher_m, entropy_m, mass
 
     def share_out(self, bridge: Bridge, rows: Tensor, chunk_n: Tensor, chunk_m: Tensor, teacher_m: Tensor,
@@ -243,9 +250,11 @@ class Crossing:
 
     def metrics(self) -> dict[str, float]:
         """How well the two tokenizers fit on this step, over the rows read across."""
-        across_N, size_N, B = self.across_N, self.size_N2[self.across_N], max(1, len(self.readings) + self.dropped.total())
+        across_N, size_N = self.across_N, self.size_N2[self.across_N]
+        B = max(1, len(self.readings) + self.dropped.total())
         rows, chunks = max(1, int(across_N.sum())), (size_N[:, 0] > 0) / size_N[:, 0].clamp(min=1)
-        stop_N = across_N & self.scored_N & torch.isin(self.token_N, torch.tensor(self.student_stops(), device=self.device))
+        stops = torch.tensor(self.student_stops(), device=self.device)
+        stop_N = across_N & self.scored_N & torch.isin(self.token_N, stops)
         found = {"strict_coverage": float((size_N == 1).all(1).sum()) / rows,
                  "masked_share": float((across_N & ~self.scored_N).sum()) / rows,
                  "dropped_share": self.dropped.total() / B,

@@ -164,9 +164,10 @@ class RunFolder:
             flush(self.path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            kept = f"the checkpoint of step {self.steps()[-1]} is intact" if self.steps() else "no checkpoint existed yet"
-            raise UserError(f"saving step {step} to {self.path} failed ({error}); {kept}: free some space and "
-                            f"run the "
+            kept = "no checkpoint existed yet"
+            if self.steps():
+                kept = f"the checkpoint of step {self.steps()[-1]} is intact"
+            raise UserError(f"saving step {step} to {self.path} failed ({error}); {kept}: free some space and run the "
                             f"same command again") from error
         keep = {(self.path / name).resolve().name for name in ("last", "best") if (self.path / name).exists()}
         for old in self.steps():

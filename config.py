@@ -88,7 +88,8 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     weight_decay: float = opt(0.0, "AdamW weight decay")
     max_grad_norm: float = opt(1.0, "the gradient is scaled down to this norm")
     updates: int = opt(1, "optimizer steps per rollout; past the first the policy_gradient ratio clip can act")
-    micro_batch_tokens: int = opt(0, "tokens per forward pass, padding included: memory, not mathematics; 0 = what fits")
+    micro_batch_tokens: int = opt(0, "tokens per forward pass, padding included: memory, not mathematics; "
+                                     "0 = what fits")
     chunk_rows: int = opt(0, "rows projected to the vocabulary at a time: memory, not mathematics; 0 = by vocabulary")
     # evaluation
     eval_every: int = opt(20, "steps between evaluations; 0 = only before and after")
@@ -119,21 +120,25 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
 
 PG = dict(divergence="policy_gradient")
 GROUPS = dict(problems=8, samples=8)        # methods that compare the responses to one problem
-SELF = dict(student=str(TOY / "self"), teacher="self", teacher_prompt="{solution}|{problem}", lr=1e-4, steps=60, eval_every=15)
+SELF = dict(student=str(TOY / "self"), teacher="self", teacher_prompt="{solution}|{problem}", lr=1e-4, steps=60,
+            eval_every=15)
 
 RECIPES = {     # name -> overrides of Config; the paper beside it
-    "opd": dict(divergence="reverse_kl"),                       # MiniLLM 2306.08543 without its long part; GKD at lmbda 1
+    "opd": dict(divergence="reverse_kl"),                       # MiniLLM 2306.08543 without long part; GKD at lmbda 1
     "gkd": dict(divergence="jsd", lmbda=0.5),                   # GKD 2306.13649, eq. 1 and algorithm 1
     "topk": dict(divergence="topk_reverse_kl"),                 # Rethinking OPD 2604.13016, code form of eq. 5
-    "lsm": dict(divergence="topk_reverse_kl", support="teacher", topk_form="renormalised"),     # 2603.25562, teacher top-k
+    "lsm": dict(divergence="topk_reverse_kl", support="teacher",
+                topk_form="renormalised"),                      # 2603.25562, teacher top-k
     "sft": dict(divergence="cross_entropy", lmbda=0.0),         # cross-entropy on given responses
     "grpo": dict(advantage="grpo", **PG, **GROUPS),             # GRPO 2402.03300: no teacher
     "minillm": dict(advantage="opd", discount=1.0, **PG),       # MiniLLM 2306.08543: return-to-go
     "fire": dict(weight="fire", reduction="sequence", **PG),    # FiRe-OPD 2606.02684, eqs. 4-9
     "multi": dict(teacher=f"low={TOY / 'teacher_low'},high={TOY / 'teacher_high'}", route="kind",
-                  data=str(TOY / "mixed_train.jsonl"), eval_data=str(TOY / "mixed_test.jsonl")),      # FiRe-OPD 2606.02684, routing
+                  data=str(TOY / "mixed_train.jsonl"),
+                  eval_data=str(TOY / "mixed_test.jsonl")),     # FiRe-OPD 2606.02684, routing
     "xtok": dict(teacher=str(TOY / "teacher_sp"), **PG),        # DPCA 2606.09456; credit of whole chunks: ours
-    "opsd": dict(privileged="solution", divergence="forward_kl", entry_clip=0.05, **SELF),      # OPSD 2601.18734 v3, eq. 8, 3.2
+    "opsd": dict(privileged="solution", divergence="forward_kl", entry_clip=0.05,
+                 **SELF),                                       # OPSD 2601.18734 v3, eq. 8, section 3.2
     "sdft": dict(privileged="solution", self_teacher="ema", skip_first=3, **SELF),              # SDFT 2601.19897
     "sdpo": dict(privileged="sibling", self_teacher="ema", ema=0.95, divergence="topk_reverse_kl", topk_form="tail",
                  **SELF, **GROUPS),                             # SDPO 2601.20802: sibling solution, top-k and tail
@@ -154,10 +159,12 @@ RECIPES = {     # name -> overrides of Config; the paper beside it
 
 def parse(argv: list[str]) -> tuple[Config, list[str]]:
     """(Config, the flags that were given). Defaults, then the recipe's row, then the flags."""
-    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description="On-policy distillation: the student writes, the teacher "
-                    "scores every token, the student moves.")
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
+        "On-policy distillation: the student writes, the teacher scores every token, the student moves."))
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.name.upper()}
+        kind = {"type": f.type, "metavar": f.name.upper()}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         choices = f.metadata["choices"]
         text = f.metadata["help"] + (f" [{' '.join(choices)}]" if choices else "")
         parser.add_argument(f"--{f.name}", **kind, help=f"{text} (default: {f.default!r})".replace("%", "%%"))
@@ -182,25 +189,37 @@ def run_name(cfg: Config, given: list[str]) -> str:
     return re.sub(r"[^\w.=+,-]+", "_", ",".join([cfg.recipe, *parts]))[:200]
 
 
+AT_LEAST = {
+    1: ("problems", "samples", "max_new_tokens", "steps", "updates", "eval_k", "save_every", "topk", "pts_samples"),
+    0: ("slots", "micro_batch_tokens", "lora_rank", "warmup_steps", "chunk_rows", "eval_every", "eval_max_new_tokens",
+        "eval_limit", "seed", "threads", "weight_decay", "eval_temperature", "clip", "entry_clip", "token_clip",
+        "cold_start_steps", "pts_weight", "skip_first", "loss_first_n", "fire_alpha", "fire_beta", "chunk_clamp",
+        "max_chunk"),
+}
+SHARES = ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy", "min_coverage", "max_dropped")
+
+
 def check(cfg: Config) -> None:
     """Settings that cannot work are refused here, before anything is loaded."""
     for f in fields(cfg):
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value}: choose from {', '.join(choices)}")
-    for least, names in ((1, ("problems", "samples", "max_new_tokens", "steps", "updates",
-                              "eval_k", "save_every", "topk", "pts_samples")),
-                         (0, ("slots", "micro_batch_tokens", "lora_rank", "warmup_steps", "chunk_rows", "eval_every", "eval_max_new_tokens",
-                              "eval_limit", "seed", "threads", "weight_decay", "eval_temperature", "clip", "entry_clip",
-                              "token_clip", "cold_start_steps", "pts_weight", "skip_first", "loss_first_n", "fire_alpha",
-                              "fire_beta", "chunk_clamp", "max_chunk"))):
+    for least, names in AT_LEAST.items():
         for name in names:
             if not getattr(cfg, name) >= least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
     for name in ("wandb", "tensorboard"):
         if getattr(cfg, name) and importlib.util.find_spec(name) is None:
             raise UserError(f"--{name}: that package is not installed; pip install {name}, or leave the flag out")
-    rules = [
+    for holds, message in ranges(cfg) + combinations(cfg):
+        if not holds:
+            raise UserError(message)
+
+
+def ranges(cfg: Config) -> list[tuple[bool, str]]:
+    """Values that cannot be right, whatever the other flags say: (whether it holds, what to say if not)."""
+    return [
         (0 < cfg.lr < math.inf, "--lr must be above 0 and finite"),
         (0 < cfg.lora_alpha < math.inf, "--lora_alpha must be above 0 and finite"),
         (cfg.weight_decay < math.inf, "--weight_decay must be finite"),
@@ -209,41 +228,42 @@ def check(cfg: Config) -> None:
         (0 < cfg.temperature < math.inf,
          "--temperature must be above 0 and finite: a greedy rollout is no sample of the student"),
         (cfg.eval_temperature < math.inf, "--eval_temperature must be finite"),
-        (cfg.eval_temperature > 0 or cfg.eval_k == 1, "--eval_temperature 0 gives the same answer every time: "
-                                                      "use --eval_k 1"),
         (0 <= cfg.lmbda <= 1, "--lmbda is a probability between 0 and 1"),
-        (cfg.divergence != "jsd" or 0 < cfg.beta < 1, "--beta must lie strictly between 0 and 1: jsd is 0 at "
-                                                      "both ends; "
-                                                      "use --divergence forward_kl or reverse_kl for those"),
         (0 <= cfg.skew < 1, "--skew must be at least 0 and below 1"),
-        (cfg.lmbda == 1 or cfg.divergence not in losses.ON_SAMPLES_ONLY,
-         f"{cfg.divergence} is only right on the student's own samples: keep --lmbda 1"),
-        *((0 <= getattr(cfg, name) <= 1, f"--{name} is a share between 0 and 1")
-          for name in ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy", "min_coverage",
-                       "max_dropped")),
+        *((0 <= getattr(cfg, name) <= 1, f"--{name} is a share between 0 and 1") for name in SHARES),
         (0 < cfg.reopold_share < 1, "--reopold_share must lie strictly between 0 and 1"),
         (cfg.scope_temperature > 0, "--scope_temperature must be above 0"),
+        (0 <= cfg.pts_hold <= cfg.pts_end <= 1,
+         "--pts_hold and --pts_end are shares of the run, the first not above the second"),
+        (not cfg.teacher_prompt or "{solution}" in cfg.teacher_prompt and "{problem}" in cfg.teacher_prompt,
+         "--teacher_prompt must contain {problem} and {solution}"),
+    ]
+
+
+def combinations(cfg: Config) -> list[tuple[bool, str]]:
+    """Flags that contradict each other; rules as those of ranges."""
+    return [
+        (cfg.eval_temperature > 0 or cfg.eval_k == 1,
+         "--eval_temperature 0 gives the same answer every time: use --eval_k 1"),
+        (cfg.divergence != "jsd" or 0 < cfg.beta < 1,
+         "--beta must lie strictly between 0 and 1: jsd is 0 at both ends; use --divergence forward_kl or "
+         "reverse_kl for those"),
+        (cfg.lmbda == 1 or cfg.divergence not in losses.ON_SAMPLES_ONLY,
+         f"{cfg.divergence} is only right on the student's own samples: keep --lmbda 1"),
         (cfg.divergence != "cross_entropy" or cfg.lmbda < 1,
          "cross_entropy on the student's own samples has zero expected gradient: lower --lmbda"),
+        (cfg.weight == "none" or cfg.lmbda == 1,
+         f"weight {cfg.weight} reads the student's own samples: keep --lmbda 1"),
         (not needs(cfg, "group") or cfg.samples > 1,
          f"recipe {cfg.recipe} compares the responses to one problem: --samples must be at least 2"),
         (not needs(cfg, "teacher") or cfg.teacher != "none", f"--teacher none: recipe {cfg.recipe} needs a teacher"),
-        (cfg.weight == "none" or cfg.lmbda == 1, f"weight {cfg.weight} reads the student's own samples: keep "
-                                                 f"--lmbda 1"),
-        (cfg.privileged == "none" or cfg.teacher != "none", f"--privileged {cfg.privileged} shows it to a "
-                                                            f"teacher; there is none"),
-        (cfg.privileged != "sibling" or cfg.lmbda == 1, "--privileged sibling needs the student's own "
-                                                        "samples: keep --lmbda 1"),
-        (not cfg.teacher_prompt or "{solution}" in cfg.teacher_prompt and "{problem}" in cfg.teacher_prompt,
-         "--teacher_prompt must contain {problem} and {solution}"),
-        (bool(cfg.mix_data) == (cfg.mix > 0), "--mix and --mix_data go together"),
         (not needs(cfg, "reward") or cfg.verifier, f"recipe {cfg.recipe} needs a verifier"),
-        (0 <= cfg.pts_hold <= cfg.pts_end <= 1, "--pts_hold and --pts_end are shares of the run, the first "
-                                                "not above the second"),
+        (cfg.privileged == "none" or cfg.teacher != "none",
+         f"--privileged {cfg.privileged} shows it to a teacher; there is none"),
+        (cfg.privileged != "sibling" or cfg.lmbda == 1,
+         "--privileged sibling needs the student's own samples: keep --lmbda 1"),
+        (bool(cfg.mix_data) == (cfg.mix > 0), "--mix and --mix_data go together"),
         (not cfg.compare_teacher or cfg.report_only, "--compare_teacher belongs to --report_only"),
-        (not cfg.report_only or cfg.teacher != "none", "--report_only compares the student with a teacher; "
-                                                       "there is none"),
+        (not cfg.report_only or cfg.teacher != "none",
+         "--report_only compares the student with a teacher; there is none"),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise UserError(message)

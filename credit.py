@@ -268,8 +268,8 @@ def reopold(s: Signals, args: CreditArgs) -> Tensor:
     return log_ratio(s).clamp(min=reopold_floor(args))
 
 
-ADVANTAGES = {"opd": opd, "grpo": grpo, "exopd": exopd, "sg": sg, "opdvr": opdvr, "kdrl": kdrl, "uni": uni, "rlsd": rlsd,
-              "scope": scope, "reopold": reopold}
+ADVANTAGES = {"opd": opd, "grpo": grpo, "exopd": exopd, "sg": sg, "opdvr": opdvr, "kdrl": kdrl, "uni": uni,
+              "rlsd": rlsd, "scope": scope, "reopold": reopold}
 
 
 # Weights
@@ -295,9 +295,9 @@ def fire(s: Signals, args: CreditArgs) -> Tensor:
         here_B = part_B == part
         keep_B[here_B] = score_B[here_B] >= score_B[here_B].quantile(args.fire_drop)
     floor = 1e-6        # all-zero entropies: the official code's floor, not a repair of ours
-    confident_N = (1 - s.teacher_entropy_N / largest(s.teacher_entropy_N, s, args.fire_max).clamp(min=floor)).clamp(0, 1)
-    confused_N = (s.student_entropy_N / largest(s.student_entropy_N, s, args.fire_max).clamp(min=floor)).clamp(0, 1)
-    weight_N = (1 + args.fire_alpha * confident_N) * (1 + args.fire_beta * confused_N)
+    confident_N = 1 - s.teacher_entropy_N / largest(s.teacher_entropy_N, s, args.fire_max).clamp(min=floor)
+    confused_N = s.student_entropy_N / largest(s.student_entropy_N, s, args.fire_max).clamp(min=floor)
+    weight_N = (1 + args.fire_alpha * confident_N.clamp(0, 1)) * (1 + args.fire_beta * confused_N.clamp(0, 1))
     return weight_N / sequence_mean(weight_N, s)[s.sequence_N] * keep_B[s.sequence_N]
 
 

@@ -67,6 +67,11 @@ class Rows(NamedTuple):
         return self.teacher_NV.gather(1, self.token_N[:, None]).squeeze(1)
 
 
+def upcast(x: Tensor) -> Tensor:
+    """Log-softmax needs float32 at least; float64 stays."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def vocab_sum(term_NV: Tensor, args: LossArgs) -> Tensor:
     """Sum over the vocabulary, with one of two brakes on tokens where teacher and student are far apart.
 
@@ -319,7 +324,8 @@ DIVERGENCES = {
     "policy_gradient": policy_gradient, "k2": k2, "eopd": eopd, "cross_entropy": cross_entropy,
     "uld": uld, "gold": gold,
 }
-ON_SAMPLES_ONLY = ("policy_gradient", "k2", "eopd")     # estimates that are wrong on responses the student did not write
+# estimates that are wrong on responses the student did not write
+ON_SAMPLES_ONLY = ("policy_gradient", "k2", "eopd")
 USES_ADVANTAGE = ("policy_gradient", "eopd")
 NEEDS_NO_TEACHER = ("policy_gradient", "cross_entropy")     # though an advantage may
 # teacher with another tokenizer: these look at their rows as they are, the others at the shared tokens of
@@ -345,7 +351,8 @@ def diagnostics(r: Rows) -> dict[str, Tensor]:
     keep_NK = (student_id_NK[:, :, None] == teacher_id_NK[:, None, :]).any(2)
     size = keep_NK.sum(-1)
     inside = keep_NK.to(p.dtype)
-    training_NK = student_NK.log_softmax(-1).exp() * (teacher_NK - student_NK)      # the code's advantage of every token
+    # the code's advantage of every token
+    training_NK = student_NK.log_softmax(-1).exp() * (teacher_NK - student_NK)
     shared_kl = kl_on_support(renormalised(student_NK, keep_NK), renormalised(teacher_NK, keep_NK), keep_NK)
     return {
         "reverse_kl": (p.exp() * (p - q)).sum(-1),
@@ -395,82 +402,3 @@ def summarise(per_row: dict[str, Tensor], position_N: Tensor, length_N: Tensor) 
         if out.get(f"overlap_ratio{part}"):
             out[f"overlap_advantage_code{part}"] /= out[f"overlap_ratio{part}"]
     return out
-
-
-# The engine: exact losses in memory O(chunk).
-
-CACHED_LOGITS = 2**20       # entries of the few rows whose loss a CPU computes at a time: 4 MB
-
-def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | None, batch: dict, scale_N: Tensor,
-                     divergence, args: LossArgs, *, temperature: float, chunk_rows: int,
-                     teacher_hidden_NE: Tensor | None = None, teacher_head_VE: Tensor | None = None,
-                     shared: tuple[Tensor, Tensor] | None = None, diagnose: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """Backward of sum_n scale_n loss_n without ever holding (N, V) logits. Returns (loss_N, diagnostics per
-    row).
-
-    hidden_ND      student states with their graph; teacher_hidden_NE the teacher's, constants.
-    head_VD        student head cut to the real vocabulary, in the dtype of hidden_ND; no gradient of its own.
-    head_grad_VD   where its gradient is added (None: the head is frozen).
-    batch          the (N,) fields of Rows: token_N, behavior_N, advantage_N ...
-    shared         of Rows; None when both sides have one vocabulary.
-    scale_N        weight of each row over the denominator of the whole optimizer step, counted before the
-                   first micro-batch.
-
-    Two levels, because products want many rows and everything else wants to stay in cache. chunk_rows rows of
-    both sides are projected at once into memory that every chunk uses again; then a few rows at a time run the
-    loss backward as far as the logits, whose gradient takes their place; then two products turn it into the
-    gradient of the states and of the head. At the end the states' gradient goes through the body once. Extra
-    memory: 2 (chunk_rows, V) tensors and a few rows, whatever N is.
-    """
-    # both sides' states are divided by the temperature instead of their logits: V/D times less to go over
-    states_ND, N = hidden_ND.detach() / temperature, len(hidden_ND)
-    grad_ND, loss_N, per_row = torch.empty_like(states_ND), torch.empty_like(scale_N), {}
-    logits_CV, teacher_CV = head_VD.new_empty(min(chunk_rows, N), len(head_VD)), None
-    if teacher_hidden_NE is not None:
-        teacher_hidden_NE = teacher_hidden_NE / temperature
-        teacher_CV = teacher_head_VE.new_empty(min(chunk_rows, N), len(teacher_head_VE))
-
-    def few_rows(at: slice, logits_NV: Tensor, teacher_NV: Tensor | None) -> None:
-        """Loss and diagnostics of rows `at`; leaves the gradient in logits_NV."""
-        leaf_NV = upcast(logits_NV).detach().requires_grad_()
-        with torch.enable_grad():
-            rows = Rows(leaf_NV.log_softmax(-1), shared=shared,
-                        teacher_NV=None if teacher_NV is None else upcast(teacher_NV).log_softmax(-1),
-                        **{name: None if value is None else value[at] for name, value in batch.items()})
-            as_given = shared is None or divergence in TWO_VOCABULARIES
-            found_N = divergence(rows if as_given else on_shared(rows), args)
-            (grad_NV,) = torch.autograd.grad((found_N * scale_N[at]).sum(), leaf_NV)
-        loss_N[at] = found_N.detach()
-        if diagnose and teacher_NV is not None:
-            for name, value_N in diagnostics(rows if shared is None else on_shared(rows)).items():
-                per_row.setdefault(name, value_N.new_empty(N))[at] = value_N
-        logits_NV.copy_(grad_NV)
-
-    few = rows_at_once(chunk_rows, len(head_VD), states_ND.device)
-    with torch.no_grad():
-        for start in range(0, N, chunk_rows):
-            at = slice(start, min(start + chunk_rows, N))
-            logits_NV = torch.mm(states_ND[at], head_VD.T, out=logits_CV[:at.stop - start])
-            if teacher_CV is not None:
-                teacher_NV = torch.mm(teacher_hidden_NE[at], teacher_head_VE.T, out=teacher_CV[:at.stop - start])
-            for first in range(start, at.stop, few):
-                here = slice(first, min(first + few, at.stop))
-                inside = slice(first - start, here.stop - start)
-                few_rows(here, logits_NV[inside], None if teacher_CV is None else teacher_NV[inside])
-            torch.mm(logits_NV, head_VD, out=grad_ND[at])
-            if head_grad_VD is not None and head_grad_VD.dtype == logits_NV.dtype:
-                head_grad_VD.addmm_(logits_NV.T, states_ND[at])
-            elif head_grad_VD is not None:      # rounded like every product, summed in float32
-                head_grad_VD += logits_NV.T @ states_ND[at]
-    hidden_ND.backward(grad_ND / temperature)
-    return loss_N, per_row
-
-
-def rows_at_once(chunk_rows: int, vocab_size: int, device: torch.device) -> int:
-    """How many rows run their loss together: a GPU wants many, a CPU what its cache holds."""
-    return chunk_rows if device.type == "cuda" else max(1, min(chunk_rows, CACHED_LOGITS // vocab_size))
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Log-softmax needs float32 at least; float64 stays."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

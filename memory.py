@@ -44,8 +44,8 @@ def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool
 
 def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int,
                 chunk_rows: int, dtype: torch.dtype, at_once: int | None = None) -> dict[str, int]:
-    """Bytes, by what they are for. at_once: rows that run their loss together (losses.rows_at_once). Weights, gradients, moments, cache and hidden rows are exact, the rest within a
-    few percent."""
+    """Bytes, by what they are for. at_once: rows that run their loss together (update.rows_at_once). Weights,
+    gradients, moments, cache and hidden rows are exact, the rest within a few percent."""
     def size(config: ModelConfig) -> int:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in Transformer(config).parameters())
@@ -53,7 +53,8 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
     length, sequences = prompt + cfg.max_new_tokens, cfg.problems * cfg.samples
     rows, weights = sequences * cfg.max_new_tokens, size(s)
     q, kv = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
-    adapters = cfg.lora_rank * s.num_hidden_layers * (4 * s.hidden_size + 2 * q + 2 * kv + 3 * (s.hidden_size + s.intermediate_size))
+    widths = 4 * s.hidden_size + 2 * q + 2 * kv + 3 * (s.hidden_size + s.intermediate_size)     # in and out, 7 matrices
+    adapters = cfg.lora_rank * s.num_hidden_layers * widths
     tokens = max(min(cfg.micro_batch_tokens, sequences * length), length)
     plan = {
         "student weights, float32": 4 * (weights + adapters),
@@ -81,8 +82,8 @@ def peak(plan: dict[str, int]) -> int:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the whole device; of the machine, shared by the processes, for a CPU. Not what is free: the sizes chosen from it decide in
-    which order sums are taken, and a resumed run has to take them in the same order."""
+    """Bytes of the whole device; of the machine, shared by the processes, for a CPU. Not what is free: the sizes
+    chosen from it decide in which order sums are taken, and a resumed run has to take them in the same order."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
@@ -94,13 +95,14 @@ def fit(cfg, *plan_args, device: torch.device):
     plan stays below three quarters of the memory, or the smallest when none does."""
     room = 0.75 * total_memory(device)
     most = 2**14 if device.type == "cpu" else 2**16     # larger ones are no faster
-    for name, sizes in (("slots", [2**n for n in range(8, 2, -1)]), ("micro_batch_tokens", [most >> n for n in range(6)])):
+    for name, sizes in (("slots", [2**n for n in range(8, 2, -1)]),
+                        ("micro_batch_tokens", [most >> n for n in range(6)])):
         if getattr(cfg, name):
             continue
         for size in sizes:
             # the other one, not chosen yet, as small as it gets
-            trial = replace(cfg, **{name: size}, **({"micro_batch_tokens": 1} if name == "slots" and not cfg.micro_batch_tokens
-                                                    else {}))
+            other = {"micro_batch_tokens": 1} if name == "slots" and not cfg.micro_batch_tokens else {}
+            trial = replace(cfg, **{name: size}, **other)
             if peak(parallel.per_process(memory_plan(trial, *plan_args))) <= room:
                 break
         cfg = replace(cfg, **{name: size})

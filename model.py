@@ -218,7 +218,8 @@ class Attention(nn.Module):
         q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        if T == 1:      # the query heads that share a key stand as rows: a mask with enable_gqa has no fused CUDA kernel
+        if T == 1:
+            # the query heads that share a key stand as rows: a mask with enable_gqa has no fused CUDA kernel
             q = q.view(B, k.shape[1], -1, self.head_dim)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:

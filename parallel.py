@@ -15,7 +15,7 @@ process would, up to rounding:
                              is gathered for as long as it is in use
 
 Sampling reads a whole copy of the model: gathering every layer for every token would cost more than decoding.
-The head's gradient is added by hand (losses.chunked_backward), so the whole head is gathered once per backward
+The head's gradient is added by hand (update.chunked_backward), so the whole head is gathered once per backward
 pass and its whole gradient summed back into shards once at the end. Every process must make the same collective
 calls: a process with fewer micro-batches than another makes up for them with empty ones.
 

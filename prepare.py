@@ -14,11 +14,12 @@ from align import Bridge
 from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
 from eval import Problem, load_problems, template_variable
-from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE, rows_at_once
+from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
 from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, checkpoint_folder, load_config, load_model, set_threads
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
+from update import rows_at_once
 
 
 def needs(cfg, what: str) -> bool:
@@ -47,7 +48,7 @@ class Setup:
     average: Transformer | None         # the self-teacher that follows the student slowly
     reference: Transformer | None       # for advantages that compare with the initial student
     tokenizer: Tokenizer
-    bridges: list[Bridge | None]        # per teacher: how it reads the student's text, when its tokenizer is another one
+    bridges: list[Bridge | None]        # per teacher: how it reads the student's text, if its tokenizer is another one
     train: list[Problem]                # those of --data, then those of --mix_data
     first: int                          # how many of them come from --data
     held_out: list[Problem]
@@ -177,7 +178,8 @@ def teacher_prompts(cfg, tokenizers: list[Tokenizer], teacher_of: list[int], tra
     for number, problem in enumerate(train):
         prompt = privileged_prompt(problem.prompt, shown[number], template) if shown else problem.prompt
         ids.append(tokenizers[teacher_of[number]].prompt_ids(prompt, **variables))
-        check_lengths(cfg.data, [problem], [ids[-1] + later], "max_new_tokens", cfg.max_new_tokens, contexts[teacher_of[number]], "teacher")
+        check_lengths(cfg.data, [problem], [ids[-1] + later], "max_new_tokens", cfg.max_new_tokens,
+                      contexts[teacher_of[number]], "teacher")
     if sibling:
         return None if all(tokenizer is student for tokenizer in tokenizers) else [
             tokenizers[which].prompt_ids(problem.prompt, **variables) for which, problem in zip(teacher_of, train)]
@@ -188,11 +190,12 @@ def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transfor
     """(models that score, the running average or None, whether to switch the student's adapters off while
     scoring)."""
     if cfg.teacher != "self":
-        return [load_model(found, dtype=dtype, device=device).requires_grad_(False) for found in folders.values()], None, False
+        models = [load_model(found, dtype=dtype, device=device).requires_grad_(False) for found in folders.values()]
+        return models, None, False
     if cfg.self_teacher == "ema":
         average = load_model(folder, compute_dtype=dtype, device=device).requires_grad_(False)
         return [average], average, False
-    if cfg.self_teacher == "initial" and not cfg.lora_rank:     # full fine-tuning: the initial policy needs its own copy
+    if cfg.self_teacher == "initial" and not cfg.lora_rank:     # full fine-tuning: the initial policy needs a copy
         return [load_model(folder, dtype=dtype, device=device).requires_grad_(False)], None, False
     return [student], None, cfg.self_teacher == "initial"
 
@@ -225,8 +228,8 @@ def set_up(cfg) -> tuple:
     prompts = [tokenizer.prompt_ids(problem.prompt, **variables) for problem in train]
     check_lengths(cfg.data, train, prompts, "max_new_tokens", cfg.max_new_tokens, context, "student")
     flag = "eval_max_new_tokens" if cfg.eval_max_new_tokens else "max_new_tokens"
-    check_lengths(cfg.eval_data, held_out, [tokenizer.prompt_ids(problem.prompt, **variables) for problem in held_out], flag,
-                  getattr(cfg, flag), context if cfg.eval_teacher else configs[0].context, "student")
+    check_lengths(cfg.eval_data, held_out, [tokenizer.prompt_ids(problem.prompt, **variables) for problem in held_out],
+                  flag, getattr(cfg, flag), context if cfg.eval_teacher else configs[0].context, "student")
     teacher_of, given = route(cfg, list(teachers), train), None
     shown = teacher_prompts(cfg, tokenizers, teacher_of, train, tokenizer, teacher_variables,
                             [config.context for config in configs[1:] or configs])
@@ -238,8 +241,9 @@ def set_up(cfg) -> tuple:
     reference_folder = checkpoint_folder(cfg.reference) if cfg.reference else folder
     own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
     chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device)
-    plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference), max(map(len, shown or prompts)),
-                 tokenizer.vocab_size, chunk_rows, dtype, rows_at_once(chunk_rows, tokenizer.vocab_size, device))
+    plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference),
+                 max(map(len, shown or prompts)), tokenizer.vocab_size, chunk_rows, dtype,
+                 rows_at_once(chunk_rows, tokenizer.vocab_size, device))
     cfg = fit(cfg, *plan_args, device=device)
     planned = print_plan(cfg, *plan_args, device=device)
     if cfg.plan:
@@ -251,11 +255,13 @@ def set_up(cfg) -> tuple:
     student.gradient_checkpointing = cfg.gradient_checkpointing
     parallel.shard(student)
     models, average, adapters_off = load_teachers(cfg, teachers, folder, student, dtype, device)
-    reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False) if own_reference else None
+    reference = None
+    if own_reference:
+        reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False)
     parallel.shard(*models, reference)
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train, first,
-                 held_out, prompts, shown, given, variables, teacher_variables, chunk_rows, planned)
+    return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train,
+                      first, held_out, prompts, shown, given, variables, teacher_variables, chunk_rows, planned)
 
 
 def load_other(cfg, run: Setup) -> Transformer:

@@ -53,7 +53,8 @@ def check_tokenizers(cfg, run: Setup) -> None:
     rollout, s, scores, *_ = look(probe, run, 0, {}, Clock())
     crossing, found = scores.crossing, scores.crossing.metrics()
     advantage_N, size_N = crossing.by_mode[cfg.chunk_credit], crossing.size_N2[:, 0].clamp(max=4)
-    sizes = [f"{size}{'+' * (size == 4)}: {share:.1%} (A {advantage_N[crossing.across_N & (size_N == size)].mean():+.2f})"
+    sizes = [f"{size}{'+' * (size == 4)}: {share:.1%} "
+             f"(A {advantage_N[crossing.across_N & (size_N == size)].mean():+.2f})"
              for size in (1, 2, 3, 4) if (share := found[f"chunks_of_{size}{'+' * (size == 4)}"])]
     print(f"tokens  {found['strict_coverage']:.1%} of the student's tokens have a teacher token of their own, "
           f"{found['masked_share']:.1%} get no credit, {found['dropped_share']:.1%} of the responses cannot be read"
@@ -85,8 +86,9 @@ def picture(run: Setup, rollout: Rollout, scores: Scores, cfg, most: int = 12) -
     for chunk in chunks[:most]:
         ours = [i for i, c in enumerate(reading.student_chunk) if c == chunk]
         theirs = [j for j, c in enumerate(reading.teacher_chunk) if c == chunk] if chunk >= 0 else []
-        left, right = (" ".join(repr(text.decode([ids[k]], skip_special=False))[1:-1] for k in places) for text, ids, places in
-                       ((run.tokenizer, rollout.response(b), ours), (bridge.teacher, reading.ids, theirs)))
+        left, right = (" ".join(repr(text.decode([ids[k]], skip_special=False))[1:-1] for k in places)
+                       for text, ids, places in ((run.tokenizer, rollout.response(b), ours),
+                                                 (bridge.teacher, reading.ids, theirs)))
         lines.append(f"{left:24}{right or '(not read)':24}" + " ".join(f"{advantage[i]:+.2f}" for i in ours))
     return lines + [f"... {len(chunks) - most} more chunks"] * (len(chunks) > most)
 
@@ -103,7 +105,8 @@ def report(cfg, run: Setup) -> int:
     tables = {"student and teacher": disagreement(read(cfg, run, [run.student], rollout), scores, **settings)}
     if cfg.compare_teacher:
         other = read(cfg, run, [load_other(cfg, run)], rollout)
-        tables["first teacher (as `teacher`) and --compare_teacher (as `student`)"] = disagreement(other, scores, **settings)
+        title = "first teacher (as `teacher`) and --compare_teacher (as `student`)"
+        tables[title] = disagreement(other, scores, **settings)
     for title, per_row in tables.items():
         found = losses.summarise(per_row, s.position_N, s.length_B[s.sequence_N])
         print(f"\n{title}, {len(s.student_N)} tokens of {len(asked)} responses\n"

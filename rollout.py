@@ -204,7 +204,8 @@ class Slots:
         per_pass = max(1, PREFILL_TOKENS // longest)
         for start in range(0, len(prompts), per_pass):
             group = prompts[start:start + per_pass]
-            prefill = KVCache(self.model.config, len(group), max(map(len, group)), self.model.compute_dtype, self.device)
+            prefill = KVCache(self.model.config, len(group), max(map(len, group)), self.model.compute_dtype,
+                              self.device)
             tokens_PT = pad_sequence([torch.tensor(p) for p in group], batch_first=True).to(self.device)
             length_P = torch.tensor([len(p) for p in group], device=self.device)
             hidden_PTD = self.model(tokens_PT, prefill)

@@ -89,8 +89,9 @@ def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollo
             raise UserError(f"step {step}: nothing that the teacher wrote can be said in the student's tokens within "
                             f"--max_new_tokens {cfg.max_new_tokens}; raise it, or --problems or --samples")
         return given([i for i, _, _ in texts], [ids for _, ids, _ in texts])
-    rollout = generate(run.actor, [run.prompts[i] for i in chosen], samples=cfg.samples, stop_ids=run.tokenizer.stop_ids,
-                       vocab_size=run.vocab_size, seed=cfg.seed * 2**32 + step, **sampling(cfg))
+    rollout = generate(run.actor, [run.prompts[i] for i in chosen], samples=cfg.samples,
+                       stop_ids=run.tokenizer.stop_ids, vocab_size=run.vocab_size, seed=cfg.seed * 2**32 + step,
+                       **sampling(cfg))
     return rollout, [i for i in chosen for _ in range(cfg.samples)], True
 
 
@@ -179,8 +180,8 @@ def cross(cfg, run: Setup, rollout: Rollout, on_policy: bool) -> Crossing | None
         rollout = replace(rollout, logp_BT=rollout.logp_BT.masked_scatter(rollout.mask_BT, own.logp_N.float()))
     if len(stops) > 1:      # to stop is one event; the sampler noted only the stop token that it drew
         (mine,) = own.parts
-        stop_N = parallel.spread([logp_NV[:, stops].logsumexp(-1) for _, logp_NV in
-                                  distributions(mine.hidden_nE, mine.head_VE, cfg.temperature, run.chunk_rows)], mine.place_N)
+        chunks = distributions(mine.hidden_nE, mine.head_VE, cfg.temperature, run.chunk_rows)
+        stop_N = parallel.spread([logp_NV[:, stops].logsumexp(-1) for _, logp_NV in chunks], mine.place_N)
     return Crossing(run.bridges, rollout, cfg, divergence=cfg.divergence, temperature=cfg.temperature,
                     max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, stop_N=stop_N)
 
@@ -226,7 +227,8 @@ def taught(cfg, crossing: Crossing) -> Tensor | int:
 def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], clock) -> dict:
     """Roll out, score, weigh, update. Returns the step's record for metrics.jsonl."""
     if step < cfg.cold_start_steps:
-        seen = "none" if cfg.privileged == "sibling" else cfg.privileged        # the teacher's responses have no siblings
+        # the teacher's responses have no siblings
+        seen = "none" if cfg.privileged == "sibling" else cfg.privileged
         cfg = replace(cfg, divergence="cross_entropy", weight="none", pts_weight=0.0, privileged=seen)
     rollout, s, scores, usable_B, asked, on_policy = look(cfg, run, step, written, clock)
     advantage_N = ADVANTAGES[cfg.advantage](s, cfg) if cfg.divergence in losses.USES_ADVANTAGE else None
@@ -242,7 +244,8 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
         for _ in range(cfg.updates):
             per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, **sizes)
             extra = teacher_sampling(cfg, run, asked, step, written, sizes)
-            metrics = update(run.student, optimizer, s, scale_N, per_row, cfg.max_grad_norm, cfg.offload_optimizer) | extra
+            metrics = update(run.student, optimizer, s, scale_N, per_row, cfg.max_grad_norm,
+                             cfg.offload_optimizer) | extra
         if run.average is not None:
             update_average(run.average, run.student, cfg.ema)
     repeat_N = [x for b in range(len(asked)) for x in losses.repeats(rollout.response(b))]
@@ -251,7 +254,8 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
         more["sampled_entropy"] = s.student_entropy_N
     if advantage_N is not None:
         more["advantage"] = advantage_N
-    return {**metrics, **(crossing.metrics() if crossing else {}), **losses.summarise(more, s.position_N, s.length_B[s.sequence_N]),
+    return {**metrics, **(crossing.metrics() if crossing else {}),
+            **losses.summarise(more, s.position_N, s.length_B[s.sequence_N]),
             "kept": (weight_N > 0).double().mean().item(),
             "reward": s.reward_B.mean().item() if s.reward_B is not None else float("nan"),
             "mean_length": s.length_B.double().mean().item(),
@@ -282,8 +286,8 @@ def teacher_sampling(cfg, run: Setup, asked: list[int], step: int, written: dict
     rollout = from_responses([run.prompts[i] for i in chosen], responses, [True] * len(chosen), run.student.device)
     s = signals(rollout, torch.arange(len(chosen), device=run.student.device))
     scale_N = torch.full_like(s.student_N, weight / len(s.student_N))
-    loss_N = backward(run.student, rollout, s, None, scale_N, None, cfg, divergence="cross_entropy", add=True, **sizes)["loss"]
-    return {"teacher_cross_entropy": loss_N.mean().item(), "teacher_weight": weight}
+    per_row = backward(run.student, rollout, s, None, scale_N, None, cfg, divergence="cross_entropy", add=True, **sizes)
+    return {"teacher_cross_entropy": per_row["loss"].mean().item(), "teacher_weight": weight}
 
 
 def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:

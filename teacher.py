@@ -5,7 +5,7 @@ Place in the loop:  rollout -> [TEACHER] -> credit, losses -> optimizer.
 A teacher never writes here; it reads every sequence once and hands over, for each response token, its
 log-prob of that token, its entropy, and its hidden state. Hidden states, not logits: N x width is small, N x
 vocabulary is not (8,192 tokens x 151,936 words are 4.6 GiB in float32, the hidden states of a 4,096 wide
-teacher 64 MiB). losses.py projects them a few rows at a time.
+teacher 64 MiB). update.py projects them a few rows at a time.
 
     one teacher            reads the student's own sequence
     several teachers       each reads the sequences that are routed to it; widths and families may differ

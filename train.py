@@ -50,8 +50,9 @@ def test_teachers(cfg: Config, run: Setup) -> dict | None:
 def step_line(step: int, cfg: Config, m: dict) -> str:
     """The one line of a step; undefined numbers are left out."""
     shown = [("loss", "loss", "7.4f"), ("kl", "reverse_kl", "6.3f"), ("right", "reward", "4.0%"),
-             ("length", "mean_length", "5.1f"), ("cut", "truncation_rate", "3.0%"), ("overlap", "overlap_ratio", "4.2f"),
-             ("entropy", "student_entropy", "5.2f"), ("grad", "grad_norm", "6.3f"), ("s", "seconds", "5.2f")]
+             ("length", "mean_length", "5.1f"), ("cut", "truncation_rate", "3.0%"),
+             ("overlap", "overlap_ratio", "4.2f"), ("entropy", "student_entropy", "5.2f"),
+             ("grad", "grad_norm", "6.3f"), ("s", "seconds", "5.2f")]
     parts = [f"{label} {m[key]:{form}}" for label, key, form in shown if not np.isnan(m.get(key, np.nan))]
     skipped = "  SKIPPED: loss or gradient not finite" if m["skipped"] else ""
     return f"step {step:>{len(str(cfg.steps))}}/{cfg.steps}  {'  '.join(parts)}{skipped}"
@@ -98,7 +99,8 @@ def trackers(cfg: Config, folder: RunFolder) -> list:
 def test(cfg: Config, run: Setup, model, label: str, bridge=None) -> tuple[dict, list[dict]]:
     """Held-out metrics and answers of a model (a teacher with another tokenizer has a bridge). The same seed
     every time, so that curves share their noise."""
-    return evaluate(model, bridge.teacher if bridge else run.tokenizer, run.held_out, k=cfg.eval_k, temperature=cfg.eval_temperature,
+    return evaluate(model, bridge.teacher if bridge else run.tokenizer, run.held_out, k=cfg.eval_k,
+                    temperature=cfg.eval_temperature,
                     max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, seed=10**9 + cfg.seed,
                     verifier=cfg.verifier, slots=cfg.slots, progress=label,
                     variables=run.teacher_variables if bridge else run.variables)
@@ -146,8 +148,8 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
         state = {"step": 0, "before": before, "teacher": teacher, "best": -1.0, "seconds": 0.0, "skipped": 0,
                  "skipped_in_a_row": 0, "tokens": 0, "phases": {}}
         folder.log({"step": 0, "eval": before, "eval_teacher": teacher})
-        note_time(state, {"tokens": sum(round(m["mean_length"] * m["problems"] * cfg.eval_k) for m in (before, teacher) if m)},
-                  {"evaluation": time.perf_counter() - begun})
+        tokens = sum(round(m["mean_length"] * m["problems"] * cfg.eval_k) for m in (before, teacher) if m)
+        note_time(state, {"tokens": tokens}, {"evaluation": time.perf_counter() - begun})
     seconds_before = state["seconds"]
 
     with graceful_stop() as stopped, tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=None) as bar:
@@ -243,8 +245,9 @@ def finish(cfg: Config, folder: RunFolder, state: dict, run: Setup, memory_befor
 def closing_line(cfg: Config, folder: RunFolder, summary: dict) -> str:
     key = f"avg@{cfg.eval_k}"
     teacher = f" (teacher {summary['teacher'][key]:.1%})" if summary["teacher"] else ""
-    shares = "  ".join(f"{phase} {t['share']:.0%}" + (f" ({t['tokens_per_second']:,.0f} tokens/s)" if t["tokens_per_second"]
-                                                     else "") for phase, t in summary["timings"].items())
+    shares = "  ".join(f"{phase} {t['share']:.0%}"
+                       + (f" ({t['tokens_per_second']:,.0f} tokens/s)" if t["tokens_per_second"] else "")
+                       for phase, t in summary["timings"].items())
     return (f"done    held-out {key} {summary['before'][key]:.1%} -> {summary['after'][key]:.1%}{teacher} in "
             f"{summary['steps']} steps, {summary['seconds']:.0f} s\n"
             f"        {shares}, peak memory {size_text(summary['peak_memory'])}\n"
@@ -260,7 +263,8 @@ def main(argv: list[str] | None = None) -> int:
         path = Path(cfg.runs) / (cfg.name or run_name(cfg, given))
         lasting = {key: value for key, value in asdict(cfg).items() if key not in NOT_THE_RUN}
         look_only = cfg.plan or cfg.report_only
-        if os.path.exists(path / "summary.json") and not (cfg.fresh or look_only):     # False where the path itself is impossible
+        # os.path.exists: False where the path itself is impossible
+        if os.path.exists(path / "summary.json") and not (cfg.fresh or look_only):
             folder = parallel.run_folder(RunFolder, path, lasting)
             print(f"{path} is complete; pass --fresh to run it again, or change a flag for another run")
             print(closing_line(cfg, folder, folder.summary()))

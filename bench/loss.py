@@ -1,9 +1,9 @@
-"""Exact divergences over a large vocabulary: what losses.chunked_backward costs in time and memory.
+"""Exact divergences over a large vocabulary: what update.chunked_backward costs in time and memory.
 
     python bench/loss.py                                # 2,048 rows x 151,936 words, width 256, float32
     python bench/loss.py --rows 1024 --divergence jsd --variants chunked materialised
 
-    chunked         losses.chunked_backward, as train.py calls it
+    chunked         update.chunked_backward, as train.py calls it
     materialised    all logits of both sides at once, the same divergence, plain torch
     trl             the same through TRL's GKDTrainer.generalized_jsd_loss
     trl_chunked     TRL's DistillationTrainer
@@ -24,6 +24,7 @@ import torch
 from common import peak_memory, reset_peak
 
 import losses
+import update
 from memory import auto_chunk, give_back_freed_memory
 
 VARIANTS = ("chunked", "materialised", "trl", "trl_chunked", "liger")
@@ -33,9 +34,10 @@ TRL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
 def chunked(states_ND, head_VD, teacher_ND, teacher_VD, divergence, chunk_rows):
     head_grad_VD, scale_N = torch.zeros_like(head_VD), torch.full((len(states_ND),), 1 / len(states_ND))
     token_N = torch.zeros(len(states_ND), dtype=torch.int64)
-    loss_N, _ = losses.chunked_backward(
+    loss_N, _ = update.chunked_backward(
         states_ND * 1.0, head_VD.detach(), head_grad_VD, {"token_N": token_N}, scale_N, losses.DIVERGENCES[divergence],
-        losses.LossArgs(), temperature=1.0, chunk_rows=chunk_rows, teacher_hidden_NE=teacher_ND, teacher_head_VE=teacher_VD)
+        losses.LossArgs(), temperature=1.0, chunk_rows=chunk_rows, teacher_hidden_NE=teacher_ND,
+        teacher_head_VE=teacher_VD)
     head_VD.grad = head_grad_VD
     return (loss_N * scale_N).sum()
 
@@ -43,7 +45,8 @@ def chunked(states_ND, head_VD, teacher_ND, teacher_VD, divergence, chunk_rows):
 def materialised(states_ND, head_VD, teacher_ND, teacher_VD, divergence, _):
     with torch.no_grad():
         teacher_NV = (teacher_ND @ teacher_VD.T).log_softmax(-1)
-    rows = losses.Rows((states_ND @ head_VD.T).log_softmax(-1), torch.zeros(len(states_ND), dtype=torch.int64), teacher_NV)
+    token_N = torch.zeros(len(states_ND), dtype=torch.int64)
+    rows = losses.Rows((states_ND @ head_VD.T).log_softmax(-1), token_N, teacher_NV)
     loss = losses.DIVERGENCES[divergence](rows, losses.LossArgs()).mean()
     loss.backward()
     return loss
@@ -54,7 +57,8 @@ def trl(states_ND, head_VD, teacher_ND, teacher_VD, divergence, _):
     with torch.no_grad():
         teacher_NV = teacher_ND @ teacher_VD.T
     labels = torch.zeros(1, len(states_ND), dtype=torch.int64)
-    loss = GKDTrainer.generalized_jsd_loss((states_ND @ head_VD.T)[None], teacher_NV[None], labels, beta=TRL_BETA[divergence])
+    loss = GKDTrainer.generalized_jsd_loss((states_ND @ head_VD.T)[None], teacher_NV[None], labels,
+                                           beta=TRL_BETA[divergence])
     loss.backward()
     return loss
 
@@ -69,7 +73,8 @@ def trl_chunked(states_ND, head_VD, teacher_ND, teacher_VD, divergence, _):
 
 def liger(states_ND, head_VD, teacher_ND, teacher_VD, divergence, _):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    function = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=TRL_BETA[divergence], compiled=False)
+    function = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=TRL_BETA[divergence],
+                                       compiled=False)
     loss = function(states_ND, head_VD, teacher_ND, teacher_VD, torch.zeros(len(states_ND), dtype=torch.int64))
     loss.backward()
     return loss
@@ -87,7 +92,8 @@ def measure(variant: str, rows: int, vocab: int, width: int, divergence: str) ->
     if variant == "chunked":        # as train.py does; it gave the others nothing
         give_back_freed_memory()
     # imports and warm-up on a few rows: they belong to no step
-    few = [x[:64].clone().requires_grad_(i % 2 == 0 and i < 2) for i, x in enumerate((states_ND, head_VD, teacher_ND, teacher_VD))]
+    few = [x[:64].clone().requires_grad_(i % 2 == 0 and i < 2)
+           for i, x in enumerate((states_ND, head_VD, teacher_ND, teacher_VD))]
     few[1].requires_grad_()
     function(*few, divergence, chunk_rows)
     states_ND.requires_grad_(), head_VD.requires_grad_()
@@ -122,10 +128,12 @@ def main() -> None:
               + ", ".join(f"{norm:.6f}" for norm in found["gradients"]), flush=True)
     ours = results.pop("chunked", None)
     if ours and results:
-        print(json.dumps({"name": f"loss_{args.divergence}", "ratio": ours["seconds"] / min(r["seconds"] for r in results.values()),
+        print(json.dumps({"name": f"loss_{args.divergence}",
+                          "ratio": ours["seconds"] / min(r["seconds"] for r in results.values()),
                           "peak_in_logits_tensors": ours["peak"] / unit, "rows": args.rows, "vocab": args.vocab,
                           "peak_ratios": {name: ours["peak"] / found["peak"] for name, found in results.items()},
-                          "seconds_ratios": {name: ours["seconds"] / found["seconds"] for name, found in results.items()}}))
+                          "seconds_ratios": {name: ours["seconds"] / found["seconds"]
+                                             for name, found in results.items()}}))
 
 
 if __name__ == "__main__":

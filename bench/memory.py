@@ -53,9 +53,11 @@ def main() -> None:
             if not here.exists():
                 checkpoint(here / "student", int(vocab))
                 checkpoint(here / "teacher", int(vocab), width=512, layers=8, heads=16, kv_heads=8)
-            command = [sys.executable, str(TRAIN), "--student", str(here / "student"), "--teacher", str(here / "teacher"),
-                       "--problems", "16", "--max_new_tokens", "128", "--steps", "2", "--eval_every", "0", "--eval_k", "1",
-                       "--eval_limit", "2", "--no-eval_teacher", "--runs", folder, "--name", str(number), *flags]
+            command = [sys.executable, str(TRAIN),
+                       "--student", str(here / "student"), "--teacher", str(here / "teacher"),
+                       "--problems", "16", "--max_new_tokens", "128", "--steps", "2", "--eval_every", "0",
+                       "--eval_k", "1", "--eval_limit", "2", "--no-eval_teacher",
+                       "--runs", folder, "--name", str(number), *flags]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if done.returncode:
                 raise SystemExit(done.stderr[-2000:])

@@ -35,8 +35,8 @@ def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     target, n = torch.empty_like(source), 8192 if big else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
     product = torch.empty(n, n, dtype=dtype, device=device)
-    seconds = medians(interleaved({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)},
-                                  5, device))
+    seconds = medians(interleaved({
+        "copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}, 5, device))
     return 2 * source.nbytes / seconds["copy"], 2 * n**3 / seconds["product"]
 
 
@@ -48,7 +48,8 @@ def sizes(config: ModelConfig) -> tuple[int, int]:
     return layers, config.vocab_size * config.hidden_size
 
 
-def floors(args, student: ModelConfig, teacher: ModelConfig, item: int, bandwidth: float, rate: float) -> dict[str, float]:
+def floors(args, student: ModelConfig, teacher: ModelConfig, item: int, bandwidth: float,
+           rate: float) -> dict[str, float]:
     """Seconds of a decode step (mean length), of scoring and of an update."""
     layers, head = sizes(student)
     teacher_layers, teacher_head = sizes(teacher)
@@ -79,7 +80,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [checkpoint_folder(args.student) if args.student else random_checkpoint(Path(scratch) / "s", args.vocab),
+        folders = [checkpoint_folder(args.student) if args.student else
+                   random_checkpoint(Path(scratch) / "s", args.vocab),
                    checkpoint_folder(args.teacher) if args.teacher else
                    random_checkpoint(Path(scratch) / "t", args.vocab, width=512, layers=8, head_dim=64, seed=1)]
         student = load_model(folders[0], compute_dtype=dtype, device=device)
@@ -91,7 +93,8 @@ def main() -> None:
     prompts = torch.randint(vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
 
     def write(new: int):
-        return generate(actor, prompts, max_new_tokens=new, stop_ids=(), slots=args.batch, vocab_size=vocab, compile=args.compile)
+        return generate(actor, prompts, max_new_tokens=new, stop_ids=(), slots=args.batch, vocab_size=vocab,
+                        compile=args.compile)
 
     def read():
         return score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device), vocab_size=vocab,
@@ -103,7 +106,8 @@ def main() -> None:
     scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
     seconds = medians(interleaved({
         "rollout": lambda: write(args.new), "prefill": lambda: write(1), "scoring": read,
-        "update": lambda: backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=vocab, chunk_rows=chunk_rows)},
+        "update": lambda: backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=vocab,
+                                   chunk_rows=chunk_rows)},
         args.rounds, device))
     measured = {"decode step": (seconds["rollout"] - seconds["prefill"]) / (args.new - 1),
                 "scoring": seconds["scoring"], "update": seconds["update"]}
@@ -112,7 +116,8 @@ def main() -> None:
     print(f"{args.device}, {args.dtype}: copy {bandwidth / 1e9:.1f} GB/s, products {rate / 1e12:.3f} TFLOP/s")
     print(f"{args.batch} sequences of {args.prompt} + {args.new} tokens, vocabulary {vocab}")
     for name, value in measured.items():
-        print(f"{name:>12}: floor {1e3 * floor[name]:9.2f} ms, measured {1e3 * value:9.2f} ms, share {floor[name] / value:.2f}")
+        print(f"{name:>12}: floor {1e3 * floor[name]:9.2f} ms, measured {1e3 * value:9.2f} ms, "
+              f"share {floor[name] / value:.2f}")
     share = {name.replace(" ", "_"): round(floor[name] / value, 3) for name, value in measured.items()}
     print(json.dumps({"name": f"roofline_{args.device}_{args.dtype}_{vocab}", "ratio": share["decode_step"], **share,
                       "gigabytes_per_second": round(bandwidth / 1e9, 2), "teraflops": round(rate / 1e12, 4)}))

@@ -50,7 +50,8 @@ def phases(size: Size, folder: Path, device: torch.device, dtype: torch.dtype, r
     sequences, kept = size.prompts * size.samples, {}
 
     def rollout() -> None:
-        kept["rollout"] = generate(actor, prompts, samples=size.samples, max_new_tokens=size.new, stop_ids=(), slots=sequences)
+        kept["rollout"] = generate(actor, prompts, samples=size.samples, max_new_tokens=size.new, stop_ids=(),
+                                   slots=sequences)
 
     def scoring() -> None:
         kept["scores"] = score([teacher], kept["rollout"], torch.zeros(sequences, dtype=torch.int64, device=device),
@@ -81,7 +82,8 @@ def main() -> None:
             size = replace(base, **{name: getattr(base, name) * factor})
             if size not in found:
                 with tempfile.TemporaryDirectory() as folder:
-                    seconds = phases(size, Path(folder), torch.device(args.device), getattr(torch, args.dtype), args.rounds)
+                    seconds = phases(size, Path(folder), torch.device(args.device), getattr(torch, args.dtype),
+                                     args.rounds)
                 found[size] = {**seconds, "step": sum(seconds.values())}
             cells = [f"{value:.2f} s" + (f" ({value / before[phase]:.1f}x)" if before else "")
                      for phase, value in found[size].items()]

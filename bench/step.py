@@ -8,8 +8,8 @@ The same random Qwen3 student (width 256, 6 layers) and teacher (width 512, 8 la
 new tokens each, exact reverse KL over the whole vocabulary, AdamW. bfloat16: float32 student weights, bfloat16
 products and teacher, everywhere. `gkd` is GKDTrainer with gradient checkpointing switched off; `gkd_shipped` has
 its default, under which its generation runs without a KV cache. Each variant has its own process; median seconds
-of the steps after the first; peak memory above what is held before the first step, that is above the models. Ends with one JSON line: ratios
-are the variant over this project.
+of the steps after the first; peak memory above what is held before the first step, that is above the models.
+Ends with one JSON line: ratios are the variant over this project.
 """
 import argparse
 import json
@@ -82,14 +82,17 @@ def ours(args, folder: Path) -> dict:
         if actor is not student:
             actor.refresh(student)
         mine = prompts[step * args.batch:(step + 1) * args.batch]
-        rollout = generate(actor, mine, max_new_tokens=NEW, stop_ids=(), slots=args.batch, seed=step, compile=args.compile)
+        rollout = generate(actor, mine, max_new_tokens=NEW, stop_ids=(), slots=args.batch, seed=step,
+                           compile=args.compile)
         timer.phase("rollout")
-        scores = score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device), vocab_size=args.vocab,
-                       temperature=1.0, max_tokens=cfg.micro_batch_tokens, chunk_rows=chunk_rows)
+        scores = score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device),
+                       vocab_size=args.vocab, temperature=1.0, max_tokens=cfg.micro_batch_tokens,
+                       chunk_rows=chunk_rows)
         timer.phase("scores")
         s = signals(rollout, torch.arange(args.batch, device=device), None, scores)
         scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
-        per_row = backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=args.vocab, chunk_rows=chunk_rows)
+        per_row = backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=args.vocab,
+                           chunk_rows=chunk_rows)
         timer.phase("backward")
         update(student, optimizer, s, scale_N, per_row, 1.0)
         timer.phase("optimizer")
@@ -132,7 +135,8 @@ def trl(args, folder: Path) -> dict:
         texts = [" ".join(f"w{i}" for i in prompt) for prompt in prompts]
         trainer = DistillationTrainer(
             model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()],
-            args=DistillationConfig(**settings, max_completion_length=NEW), train_dataset=Dataset.from_dict({"prompt": texts}))
+            args=DistillationConfig(**settings, max_completion_length=NEW),
+            train_dataset=Dataset.from_dict({"prompt": texts}))
     else:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -141,8 +145,9 @@ def trl(args, folder: Path) -> dict:
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "prompts": ids,
                     "prompt_attention_mask": torch.ones_like(ids)}
         trainer = GKDTrainer(
-            model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()], data_collator=collate,
-            args=GKDConfig(**settings, lmbda=1.0, max_new_tokens=NEW), train_dataset=Dataset.from_dict({"ids": prompts}))
+            model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()],
+            data_collator=collate, args=GKDConfig(**settings, lmbda=1.0, max_new_tokens=NEW),
+            train_dataset=Dataset.from_dict({"ids": prompts}))
     trainer.train()
     return timer.result()
 
@@ -174,7 +179,8 @@ def main() -> None:
             run = subprocess.run([sys.executable, *sys.argv, "--variant", variant, "--folder", scratch],
                                  capture_output=True, text=True)
             if run.returncode:
-                print(f"{variant:>13}: failed ({run.stderr.strip().splitlines()[-1] if run.stderr.strip() else 'killed'})")
+                reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "killed"
+                print(f"{variant:>13}: failed ({reason})")
                 continue
             results[variant] = found = json.loads(run.stdout.strip().splitlines()[-1])
             print(f"{variant:>13}: {found['seconds']:7.2f} s a step (the first {found['first']:.2f}), "

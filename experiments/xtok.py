@@ -5,7 +5,7 @@
 Claim      On-policy distillation works across tokenizers, and takes far less compute than imitating text
            that the teacher writes; how a chunk's log-ratio is shared out among its tokens matters.
 Paper      DPCA, arXiv:2606.09456 (chunks, proportional credit, compute); strict 1:1 distillation,
-           arXiv:2610.08448; ULD, arXiv:2402.12030; GOLD (TRL). `chunk` and `prefix` are ours, see align.py.
+           arXiv:2610.08448; ULD, arXiv:2402.12030; GOLD (TRL). `chunk` and `prefix` are ours: chunk_credit.py.
 Design     toy/student reads bytes, toy/teacher_bpe words of up to three bytes: about half of the student's
            tokens have no teacher token of their own. Every arm: 60 steps of 64 responses, one learning rate.
            `same tokenizer` is toy/teacher, sampled-token loss, as an upper bound.
@@ -104,8 +104,8 @@ def main() -> None:
         spans = [record["align_seconds"] / record["seconds"] for folder in folders for record in records(folder)
                  if "align_seconds" in record]
         shares += spans
-    table(["avg@8 at step", *map(str, STEPS), *(f"GFLOP to {target:.0%}" for target in TARGETS), "in all", "teacher's share"],
-          rows)
+    table(["avg@8 at step", *map(str, STEPS), *(f"GFLOP to {target:.0%}" for target in TARGETS), "in all",
+           "teacher's share"], rows)
     coverage = [record["strict_coverage"] for record in records(runs["chunk"][0]) if "strict_coverage" in record]
     print(f"start {np.mean([summary(folder)['before'][accuracy_key(folder)] for folder in runs['chunk']]):.1%}; "
           f"{coverage[0]:.0%} of the student's tokens have a teacher token of their own in the first step, "

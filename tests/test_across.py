@@ -1,7 +1,8 @@
 """A teacher with another tokenizer: what it says about the student's tokens, and what the loop makes of it.
 
 The reference reads one response at a time in plain Python: its bytes, the teacher's tokens of these bytes, one
-forward pass of each model, chunks as the byte ends that both sides share. It knows nothing of align.py.
+forward pass of each model, chunks as the byte ends that both sides share. It knows nothing of align.py or
+chunk_credit.py.
 """
 import json
 import math
@@ -21,12 +22,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from across import AcrossArgs, Crossing  # noqa: E402
-from align import CREDIT, Bridge  # noqa: E402
-from losses import DIVERGENCES, LossArgs, Rows, chunked_backward, on_shared  # noqa: E402
+from align import Bridge  # noqa: E402
+from chunk_credit import CREDIT  # noqa: E402
+from losses import DIVERGENCES, LossArgs, Rows, on_shared  # noqa: E402
 from model import load_model  # noqa: E402
 from rollout import from_responses  # noqa: E402
 from teacher import score  # noqa: E402
 from tokenizer import Tokenizer as Text  # noqa: E402
+from update import chunked_backward  # noqa: E402
 
 MERGES = ("1 2", "; 3", "+ 3", "= 4", "3 3")
 MANY = tuple(dict.fromkeys((*MERGES, *(f"{a} {CHARACTERS[(k * i + k) % 17]}" for k in (3, 5, 7)

@@ -23,7 +23,7 @@ from test_teachers import PROMPT, adamw, close, interrupted, jsonl, predictions,
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import step as loop  # noqa: E402
 import train  # noqa: E402
-from align import CREDIT  # noqa: E402
+from chunk_credit import CREDIT  # noqa: E402
 from credit import ADVANTAGES, WEIGHTS  # noqa: E402
 from eval import evaluate  # noqa: E402
 from losses import DIVERGENCES, LossArgs, Rows  # noqa: E402

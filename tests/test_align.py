@@ -1,5 +1,5 @@
-"""align.py, the credit of tokens inside chunks: exact expectations in float64, against gradients and probabilities
-enumerated here. The tokenizers themselves are in test_align_pairs.py.
+"""chunk_credit.py, the credit of tokens inside chunks: exact expectations in float64, against gradients and
+probabilities enumerated here. The tokenizers themselves are in test_align_pairs.py.
 """
 import json
 import math
@@ -14,8 +14,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import align  # noqa: E402
-from align import CREDIT, Bridge, chunk_sums, credit, prefix_scores, slice_mass  # noqa: E402
+import chunk_credit  # noqa: E402
+from align import Bridge  # noqa: E402
+from chunk_credit import CREDIT, chunk_sums, credit, prefix_scores, slice_mass  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 CONSERVING = ("prop", "shift", "uniform", "prefix")     # their advantages add up to the chunk's log-ratio
@@ -282,7 +283,7 @@ def test_slice_masses_are_sums_of_probabilities(toy, monkeypatch):
     expected = [math.log(math.fsum(math.exp(logp[r, i]) for i in order[a:b].tolist())) for r, a, b in spans]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=got.dtype), rtol=1e-12, atol=1e-12)
     assert slice_mass(logp, order, rows[:0], lo[:0], hi[:0]).shape == (0,)
-    monkeypatch.setattr(align, "SLICE_ENTRIES", 10)     # the same, a few cuts at a time
+    monkeypatch.setattr(chunk_credit, "SLICE_ENTRIES", 10)     # the same, a few cuts at a time
     torch.testing.assert_close(slice_mass(logp, order, rows, lo, hi), got, rtol=0, atol=0)
     far = torch.full((1, 9), -2000.0)       # masses below the smallest float stay numbers
     one = torch.tensor([1])

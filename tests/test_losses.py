@@ -1,5 +1,5 @@
-"""losses.py: every value and gradient equals a formula written out here, and every sampled estimate the
-enumeration of what could have been sampled.
+"""losses.py and the chunked backward pass of update.py: every value and gradient equals a formula written out
+here, and every sampled estimate the enumeration of what could have been sampled.
 
 Exact mathematics in float64 on small vocabularies, probabilities down to 1e-25. A gradient is with respect to
 the logits z of p = softmax(z); a reference sees one row as numpy arrays p and q, returns (value, gradient).
@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import losses as losses_file  # noqa: E402
 from credit import ADVANTAGES, WEIGHTS, CreditArgs, Signals  # noqa: E402
-from losses import (DIVERGENCES, LossArgs, Rows, choose_support, chunked_backward, diagnostics,  # noqa: E402
-                    repeats, summarise)
+from losses import DIVERGENCES, LossArgs, Rows, choose_support, diagnostics, repeats, summarise  # noqa: E402
+from update import chunked_backward  # noqa: E402
 
 ROWS, VOCAB = 24, 12
 CHOICES = {name: LossArgs.__dataclass_fields__[name].metadata["choices"] for name in ("support", "topk_form")}

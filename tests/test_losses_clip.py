@@ -11,7 +11,8 @@ from test_losses import (ROWS, VOCAB, close, logits, measure, pg_ref, probs, rev
                          through_softmax)
 
 from credit import ADVANTAGES, CreditArgs
-from losses import DIVERGENCES, LossArgs, Rows, chunked_backward
+from losses import DIVERGENCES, LossArgs, Rows
+from update import chunked_backward
 
 P, Q = (torch.tensor([x], dtype=torch.float64) for x in ((0.05, 0.80, 0.10, 0.05), (0.60, 0.30, 0.06, 0.04)))
 FULL = ("reverse_kl", "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl")

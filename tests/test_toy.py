@@ -51,7 +51,8 @@ def test_held_out_problems_are_held_out():
 def test_a_checkpoint_answers_as_well_as_promised(name, low, high):
     """fails if: the files are not those that make.py measured, or the template or stop id is lost."""
     model, tokenizer = load_model(TOY / name), Tokenizer(TOY / name)
-    assert tokenizer.vocab_size == 259 < model.config.vocab_size and tokenizer.decode(tokenizer.encode("3+8=1;")) == "3+8=1;"
+    assert tokenizer.vocab_size == 259 < model.config.vocab_size
+    assert tokenizer.decode(tokenizer.encode("3+8=1;")) == "3+8=1;"
     metrics, _ = evaluate(model, tokenizer, load_problems(TOY / "test.jsonl", limit=60), k=4, temperature=1.0,
                           max_new_tokens=40, seed=0, slots=128)
     assert low <= metrics["avg@4"] <= high and metrics["truncation_rate"] < 0.02

@@ -61,7 +61,8 @@ def ragged(run, seed=0):
 
 
 def scored(run, model, rollout):
-    return score([model], rollout, 0 * rollout.length_B, vocab_size=VOCAB, temperature=1.0, max_tokens=99, chunk_rows=99)
+    return score([model], rollout, 0 * rollout.length_B, vocab_size=VOCAB, temperature=1.0, max_tokens=99,
+                 chunk_rows=99)
 
 
 def adamw(run):
@@ -517,8 +518,8 @@ def test_memory_plan_equals_the_tensors_of_a_step(setup, monkeypatch, flags):
         "gradients and AdamW moments": moments + [p.grad for _, p in trainable(run.student)],
         "student copy for sampling": [] if run.actor is run.student else run.actor.parameters(),
         "KV cache": caches[0].keys + caches[0].values, "teacher hidden states": [scores.parts[0].hidden_nE]}
-    plan = memory.memory_plan(cfg, run.student.config, [model.config for model in run.teachers], max(map(len, run.prompts)), VOCAB,
-                              99, prepare.compute_dtype(cfg, torch.device("cpu")))
+    plan = memory.memory_plan(cfg, run.student.config, [model.config for model in run.teachers],
+                              max(map(len, run.prompts)), VOCAB, 99, prepare.compute_dtype(cfg, torch.device("cpu")))
     assert {name: plan[name] for name in tensors} == {
         name: sum(x.numel() * x.element_size() for x in held) for name, held in tensors.items()}
 

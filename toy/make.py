@@ -275,8 +275,8 @@ def write_tokenizer(folder: Path, kind: str = "bytes") -> None:
 
 
 def write_problems() -> dict[str, set[str]]:
-    """train.jsonl and test.jsonl with all operators; mixed.jsonl and mixed_test.jsonl, half of them `low` (no `*`), half
-    `high` (nothing else). All problems different. Returns the held-out ones of both tests."""
+    """train.jsonl and test.jsonl with all operators; mixed.jsonl and mixed_test.jsonl, half of them `low` (no
+    `*`), half `high` (nothing else). All problems different. Returns the held-out ones of both tests."""
     rng, held_out = random.Random(0), {}
     for prefix, kinds, n_train, n_test in (("", {"": "+-*"}, N_TRAIN, N_TEST),
                                            ("mixed_", {"low": "+-", "high": "*"}, N_TRAIN // 2, N_TEST)):
