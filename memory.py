@@ -94,7 +94,7 @@ def fit(cfg, *plan_args, device: torch.device):
     """cfg with micro_batch_tokens and slots filled in where they are 0: the largest of a few sizes with which the
     plan stays below three quarters of the memory, or the smallest when none does."""
     room = 0.75 * total_memory(device)
-    most = 2**14 if device.type == "cpu" else 2**16     # larger ones are no faster
+    most = 2**11 if device.type == "cpu" else 2**16     # larger ones are no faster
     for name, sizes in (("slots", [2**n for n in range(8, 2, -1)]),
                         ("micro_batch_tokens", [most >> n for n in range(6)])):
         if getattr(cfg, name):
