@@ -71,7 +71,8 @@ def ours(args, folder: Path) -> dict:
     from update import backward, row_scale, signals, update
     give_back_freed_memory()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    cfg = Config(chunk_rows=args.chunk_rows, micro_batch_tokens=1024)      # a third of the batch at a time: as fast, and a third of the activations
+    # a third of the batch at a time: as fast, and a third of the activations
+    cfg = Config(chunk_rows=args.chunk_rows, micro_batch_tokens=1024)
     student = load_model(folder / "student", compute_dtype=dtype, device=device)
     teacher = load_model(folder / "teacher", dtype=dtype, device=device).requires_grad_(False)
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
