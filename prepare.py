@@ -200,6 +200,14 @@ def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transfor
     return [student], None, cfg.self_teacher == "initial"
 
 
+def check_vocabularies(folders: list, configs: list[ModelConfig], tokenizers: list[Tokenizer]) -> None:
+    """Every id of a tokenizer needs a row in its model's head; spare rows are padding."""
+    for folder, config, tokenizer in zip(folders, configs, tokenizers):
+        if config.vocab_size < tokenizer.vocab_size:
+            raise UserError(f"{folder}: config.json has {config.vocab_size} rows of vocabulary, but the ids of "
+                            f"tokenizer.json end at {tokenizer.vocab_size - 1}; the two files do not belong together")
+
+
 def set_up(cfg) -> tuple:
     """(cfg with the sizes that were left to memory.fit, everything the loop works with)."""
     device = choose_device(cfg.device)
@@ -218,10 +226,7 @@ def set_up(cfg) -> tuple:
         cfg.teacher == "self")]
     tokenizers = [bridge.teacher if bridge else tokenizer for bridge in bridges]
     configs = [load_config(found) for found in (folder, *teachers.values())]
-    for found, config, text in zip((folder, *teachers.values()), configs, (tokenizer, *tokenizers)):
-        if config.vocab_size < text.vocab_size:
-            raise UserError(f"{found}: config.json has {config.vocab_size} rows of vocabulary, but the ids of "
-                            f"tokenizer.json end at {text.vocab_size - 1}; the two files do not belong together")
+    check_vocabularies([folder, *teachers.values()], configs, [tokenizer, *tokenizers])
     context = min(config.context for config in configs)
     train, first = load_train(cfg)
     held_out = load_problems(cfg.eval_data, need_answer=True, limit=cfg.eval_limit or None)
