@@ -1,6 +1,6 @@
 """FiRe-OPD when part of the rollouts is beyond the teacher.
 
-    python experiments/fire.py                  # about 12 minutes on two idle cores
+    python experiments/fire.py                  # about 10 minutes on two idle cores
 
 Claim      Responses that a teacher finds unlikely are beyond its competence and teach nothing; dropping
            them (a fifth of the step) and weighting tokens by teacher confidence and student uncertainty

@@ -1,6 +1,6 @@
 """OPSD: a student that is shown the solution teaches the one that is not.
 
-    python experiments/opsd.py                  # about 10 minutes on two idle cores
+    python experiments/opsd.py                  # about 7 minutes on two idle cores
 
 Claim      Without a larger teacher a student passes its own start, because the same weights, shown the
            solution, judge its tokens better; forward KL with every vocabulary entry clipped beats other

@@ -1,20 +1,21 @@
 """SG-OPD and its relatives past the ceiling of a teacher that is wrong about something.
 
-    python experiments/sg.py                    # about 12 minutes on two idle cores
+    python experiments/sg.py                    # about 8 minutes on two idle cores
 
 Claim      Extrapolating past the teacher where it agrees with the verifier, and only there, beats OPD in
            single answers and more so in coverage (pass@k); the sign of the agreement is what makes a large
            extrapolation safe.
 Paper      SG-OPD, arXiv:2606.09304: gate with factors 1.8 and 1; controls are ours. ExOPD,
            arXiv:2602.12125: gate `all`. OPDVR, arXiv:2608.24696: no teacher where the verifier disagrees.
-Design     toy/teacher_unreliable takes 7 for 8 and 8 for 7 in products, everything else it knows. Below its
-           ceiling the arms are all distillation and cannot be told apart, so each seed's student is first
-           distilled from it for 60 steps (exact reverse KL); from there every arm goes on for 80 steps on
-           the same groups of eight. Both forms of the factor; the initial student as reference is
+Design     toy/teacher_unreliable takes 7 for 8 and 8 for 7 in products and knows everything else. While a
+           student is far below its teacher all arms are distillation and cannot be told apart, so each
+           seed's student is first distilled for 60 steps (exact reverse KL). By then it is above the
+           teacher: it knew those products better before, and has not unlearned them yet. From there every
+           arm goes on for 80 steps on the same groups of eight. Both forms of the factor; the reference is
            toy/student, not the distilled one, which would leave nothing to extrapolate from. `outside` are
-           the problems whose calculation has a product with 7 or 8.
-Against    sg not above opd; the random gate as good as the sign gate; no arm above the teacher outside its
-           competence.
+           the problems with a product by 7 or 8 in their calculation.
+Against    sg not above opd; the random gate as good as the sign gate; no arm above its start outside the
+           teacher's competence.
 """
 import re
 from pathlib import Path
@@ -54,8 +55,8 @@ def of_teacher() -> list[float]:
     """The measures of the teacher itself, on the same problems."""
     folder = TOY / "teacher_unreliable"
     problems = load_problems(TOY / "test.jsonl", need_answer=True)
-    found, samples = evaluate(load_model(folder), Tokenizer(folder), problems, k=8, temperature=1.0, max_new_tokens=40,
-                              seed=0, slots=128)
+    found, samples = evaluate(load_model(folder), Tokenizer(folder), problems, k=8, temperature=1.0,
+                              max_new_tokens=40, seed=0, slots=128)
     by = mean_by(competence, [problem.fields for problem in problems], samples)
     return [found["avg@8"], found["pass@8"], by["inside"], by["outside"]]
 
