@@ -110,10 +110,10 @@ def report(cfg, run: Setup) -> int:
     for title, per_row in tables.items():
         found = losses.summarise(per_row, s.position_N, s.length_B[s.sequence_N])
         print(f"\n{title}, {len(s.student_N)} tokens of {len(asked)} responses\n"
-              f"{'':24}{'all':>9}{'1st':>9}{'2nd':>9}{'3rd':>9}{'4th quarter':>13}")
+              f"{'':26}{'all':>9}{'1st':>9}{'2nd':>9}{'3rd':>9}{'4th quarter':>13}")
         for name in per_row:
             cells = [found[name], *(found[f"{name}/q{quarter}"] for quarter in range(1, 5))]
-            print(f"{name:24}" + "".join(f"{cell:9.4f}" for cell in cells[:4]) + f"{cells[4]:13.4f}")
+            print(f"{name:26}" + "".join(f"{cell:9.4f}" for cell in cells[:4]) + f"{cells[4]:13.4f}")
     print(f"\nmean length {s.length_B.double().mean():.1f}, cut {1 - s.finished_B.double().mean():.0%}"
           + ("" if s.reward_B is None else f", right {s.reward_B.mean():.0%}"))
     return 0
