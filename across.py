@@ -74,8 +74,7 @@ class Crossing:
         self.sizes = dict(temperature=temperature, chunk_rows=chunk_rows)
         device = self.device = rollout.tokens_BT.device
         self.student_N, self.token_N = rollout.rows(rollout.logp_BT), rollout.rows(rollout.tokens_BT)
-        at_BT = torch.arange(len(rollout.length_B), device=device)[:, None].expand_as(rollout.tokens_BT)
-        self.sequence_N, N = rollout.rows(at_BT), len(self.token_N)
+        self.sequence_N, N = rollout.sequence_N, len(self.token_N)
         self.across_N, self.scored_N, self.paired_N = (torch.full((N,), x, device=device) for x in (False, True, True))
         self.chunk_N = torch.arange(N, device=device)
         self.size_N2 = torch.ones(N, 2, dtype=torch.int64, device=device)       # tokens of the row's chunk, both sides

@@ -95,18 +95,14 @@ def fit(cfg, *plan_args, device: torch.device):
     plan stays below three quarters of the memory, or the smallest when none does."""
     room = 0.75 * total_memory(device)
     most = 2**11 if device.type == "cpu" else 2**16     # larger ones are no faster
+    chosen = replace(cfg, slots=cfg.slots or 1, micro_batch_tokens=cfg.micro_batch_tokens or 1)
     for name, sizes in (("slots", [2**n for n in range(8, 2, -1)]),
                         ("micro_batch_tokens", [most >> n for n in range(6)])):
-        if getattr(cfg, name):
-            continue
-        for size in sizes:
-            # the other one, not chosen yet, as small as it gets
-            other = {"micro_batch_tokens": 1} if name == "slots" and not cfg.micro_batch_tokens else {}
-            trial = replace(cfg, **{name: size}, **other)
-            if peak(parallel.per_process(memory_plan(trial, *plan_args))) <= room:
-                break
-        cfg = replace(cfg, **{name: size})
-    return cfg
+        if not getattr(cfg, name):
+            trials = (replace(chosen, **{name: size}) for size in sizes)
+            fitting = (c for c in trials if peak(parallel.per_process(memory_plan(c, *plan_args))) <= room)
+            chosen = next(fitting, replace(chosen, **{name: sizes[-1]}))
+    return chosen
 
 
 def print_plan(cfg, *plan_args, device: torch.device) -> int:

@@ -148,7 +148,7 @@ def solutions(cfg, train: list[Problem], why: str) -> list[str]:
 
 def find_bridge(cfg, student: Tokenizer, folder: Path, stop_ids: tuple[int, ...] | None) -> Bridge | None:
     """None when the teacher in `folder` reads the student's ids as they are."""
-    theirs = Tokenizer(folder, cfg.chat_template)
+    theirs = student if folder == student.folder else Tokenizer(folder, cfg.chat_template)
     if student.vocab() == theirs.vocab() and cfg.align == "auto":
         check_same_tokens(student, theirs, stop_ids)
         return None
@@ -160,7 +160,8 @@ def find_bridge(cfg, student: Tokenizer, folder: Path, stop_ids: tuple[int, ...]
             cfg.divergence == "policy_gradient" and cfg.advantage == "opd"):
         raise UserError(f"--discount {cfg.discount:g} adds up the credit of later tokens, and --chunk_credit chunk "
                         f"gives all of a chunk's to each of its tokens; use --chunk_credit prefix")
-    return Bridge(student, theirs if student.vocab() == theirs.vocab() else Tokenizer(folder))
+    own_template = student.vocab() != theirs.vocab() and cfg.chat_template != "auto"    # the student's is not for it
+    return Bridge(student, Tokenizer(folder) if own_template else theirs)
 
 
 def teacher_prompts(cfg, tokenizers: list[Tokenizer], teacher_of: list[int], train: list[Problem], student: Tokenizer,

@@ -45,12 +45,26 @@ def self_check(cfg, run: Setup) -> None:
 
 
 def check_tokenizers(cfg, run: Setup) -> None:
-    """Teachers with another tokenizer: how well do the two fit on about 50 responses? Prints it, with one
-    response as both sides cut it; UserError when too little can be scored to learn from."""
+    """Teachers with another tokenizer: how well do the two fit on about 50 responses? Prints it; UserError
+    when too little can be scored to learn from."""
     if not any(run.bridges):
         return
     probe = replace(cfg, lmbda=1.0, cold_start_steps=0, problems=math.ceil(50 / cfg.samples))
-    rollout, s, scores, *_ = look(probe, run, 0, {}, Clock())
+    rollout, _, scores, *_ = look(probe, run, 0, {}, Clock())
+    found = print_fit(cfg, run, rollout, scores)
+    for value, holds, what, flag, enough in (
+            (found["strict_coverage"], found["strict_coverage"] >= cfg.min_coverage,
+             "of the student's tokens have a teacher token of their own", "min_coverage", math.floor),
+            (found["dropped_share"], found["dropped_share"] <= cfg.max_dropped, "of the responses cannot be read",
+             "max_dropped", math.ceil)):
+        if not holds:
+            raise UserError(f"{value:.1%} {what}, and --{flag} is {getattr(cfg, flag):.1%}: choose a teacher whose "
+                            f"tokenizer is closer to the student's, or set --{flag} {enough(100 * value) / 100:.2f}")
+
+
+def print_fit(cfg, run: Setup, rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """How well two tokenizers fit on these responses, with one response as both sides cut it. Returns the
+    figures."""
     crossing, found = scores.crossing, scores.crossing.metrics()
     advantage_N, size_N = crossing.by_mode[cfg.chunk_credit], crossing.size_N2[:, 0].clamp(max=4)
     sizes = [f"{size}{'+' * (size == 4)}: {share:.1%} "
@@ -62,14 +76,7 @@ def check_tokenizers(cfg, run: Setup) -> None:
           + f"\n        chunks by student tokens  {'  '.join(sizes)}  stop {found['stop_advantage']:+.2f}")
     for line in picture(run, rollout, scores, cfg):
         print(f"        {line}")
-    for value, holds, what, flag, enough in (
-            (found["strict_coverage"], found["strict_coverage"] >= cfg.min_coverage,
-             "of the student's tokens have a teacher token of their own", "min_coverage", math.floor),
-            (found["dropped_share"], found["dropped_share"] <= cfg.max_dropped, "of the responses cannot be read",
-             "max_dropped", math.ceil)):
-        if not holds:
-            raise UserError(f"{value:.1%} {what}, and --{flag} is {getattr(cfg, flag):.1%}: choose a teacher whose "
-                            f"tokenizer is closer to the student's, or set --{flag} {enough(100 * value) / 100:.2f}")
+    return found
 
 
 def picture(run: Setup, rollout: Rollout, scores: Scores, cfg, most: int = 12) -> list[str]:
@@ -99,8 +106,9 @@ def report(cfg, run: Setup) -> int:
     another pattern, try
     --cold_start_steps; in between is where OPD works. No number alone decides."""
     cfg = replace(cfg, lmbda=1.0, cold_start_steps=0)
-    check_tokenizers(replace(cfg, min_coverage=0.0, max_dropped=1.0), run)
     rollout, s, scores, _, asked, _ = look(cfg, run, 0, {}, Clock())
+    if scores.crossing:
+        print_fit(cfg, run, rollout, scores)
     settings = dict(temperature=cfg.temperature, chunk_rows=run.chunk_rows)
     tables = {"student and teacher": disagreement(read(cfg, run, [run.student], rollout), scores, **settings)}
     if cfg.compare_teacher:

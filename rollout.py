@@ -48,6 +48,12 @@ class Rollout:
         """Response lengths in tokens, int64."""
         return self.mask_BT.sum(1)
 
+    @property
+    def sequence_N(self) -> Tensor:
+        """int64: which sequence each response token belongs to."""
+        at_B1 = torch.arange(len(self.tokens_BT), device=self.tokens_BT.device)[:, None]
+        return self.rows(at_B1.expand_as(self.tokens_BT))
+
     def response(self, b: int) -> list[int]:
         return self.tokens_BT[b][self.mask_BT[b]].tolist()
 

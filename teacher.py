@@ -86,7 +86,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
     device = rollout.tokens_BT.device
     seen = rollout.with_prompts(prompts) if prompts else rollout
     token_N = rollout.rows(rollout.tokens_BT)
-    sequence_N = rollout.rows(torch.arange(len(teacher_B), device=device)[:, None].expand_as(rollout.tokens_BT))
+    sequence_N = rollout.sequence_N
     dtype = torch.promote_types(models[0].compute_dtype, torch.float32)
     logp_N, entropy_N = (torch.zeros(len(token_N), dtype=dtype, device=device) for _ in range(2))
     parts = []

@@ -25,10 +25,9 @@ from teacher import Scores
 
 def row_places(rollout: Rollout) -> tuple[Tensor, Tensor]:
     """(sequence_N, position_N): which sequence a response token belongs to, and its place there from 0."""
-    B, T = rollout.tokens_BT.shape
-    sequence_BT = torch.arange(B, device=rollout.tokens_BT.device)[:, None].expand(B, T)
-    position_BT = torch.arange(T, device=rollout.tokens_BT.device) - rollout.prompt_len_B[:, None]
-    return rollout.rows(sequence_BT), rollout.rows(position_BT)
+    place_T = torch.arange(rollout.tokens_BT.shape[1], device=rollout.tokens_BT.device)
+    position_BT = place_T - rollout.prompt_len_B[:, None]
+    return rollout.sequence_N, rollout.rows(position_BT)
 
 
 def signals(rollout: Rollout, group_B: Tensor, reward_B: Tensor | None = None, scores: Scores | None = None,

@@ -67,6 +67,15 @@ def differences(values: list[float], baseline: list[float]) -> list[float]:
     return [a - b for a, b in zip(values, baseline, strict=True)]
 
 
+def cost_to_reach(points: list[tuple], target: float) -> float:
+    """What had been spent when the accuracy first reaches `target`, interpolated between two evaluations; infinite
+    if it never does. points: (step, accuracy, spent so far, ...), such as curve returns them with tokens."""
+    for (_, low, start, *_), (_, high, end, *_) in zip([points[0], *points], points):
+        if high >= target:
+            return start if low >= target else start + (end - start) * (target - low) / (high - low)
+    return float("inf")
+
+
 # Runs
 
 def arguments(command: str, flags: str, seed: int, folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compare import TOY, curve, options, percent, run_all, table
+from compare import TOY, cost_to_reach, curve, options, percent, run_all, table
 
 ARMS = {
     "forward, clipped": "opsd",
@@ -34,15 +34,6 @@ TARGETS = (0.5, 0.9, 0.95)
 
 def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:
     return {"opsd": (ARMS | VERIFIER, "--eval_every 15 --no-eval_teacher")}
-
-
-def tokens_to_reach(points: list[tuple], target: float) -> float:
-    """Student tokens generated when the accuracy first reaches `target`, interpolated between two evaluations;
-    infinite if it never does. points: (step, accuracy, tokens, ...), as compare.curve returns them."""
-    for (_, low, start, *_), (_, high, end, *_) in zip([points[0], *points], points):
-        if high >= target:
-            return start if low >= target else start + (end - start) * (target - low) / (high - low)
-    return float("inf")
 
 
 def counted(values: list[float]) -> str:
@@ -61,7 +52,7 @@ def main() -> None:
     rows = [[label, *(percent([one[step] for one in found]) for step in (0, *STEPS))]
             for label, found in accuracy.items()]
     table(["avg@8 at step", "0", *map(str, STEPS)], rows)
-    rows = [[label, *(counted([tokens_to_reach(points, target) for points in found]) for target in TARGETS),
+    rows = [[label, *(counted([cost_to_reach(points, target) for points in found]) for target in TARGETS),
              f"{np.mean([points[-1][2] for points in found]):,.0f}"] for label, found in curves.items()]
     table(["tokens generated to reach", *(f"{target:.0%}" for target in TARGETS), "in all"], rows)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compare import TOY, accuracy_key, number, options, percent, records, run_all, summary, table
+from compare import TOY, accuracy_key, cost_to_reach, number, options, percent, records, run_all, summary, table
 from model import Transformer, load_config
 from tokenizer import Tokenizer
 
@@ -79,14 +79,6 @@ def spent(folder: Path) -> list[tuple[int, float, float, float]]:
     return points
 
 
-def flops_to_reach(points: list[tuple], target: float) -> float:
-    """FLOPs when the accuracy first reaches `target`, interpolated between evaluations; infinite if never."""
-    for (_, low, start, _), (_, high, end, _) in zip([points[0], *points], points):
-        if high >= target:
-            return start if low >= target else start + (end - start) * (target - low) / (high - low)
-    return float("inf")
-
-
 def main() -> None:
     args = options(__doc__, "xtok", seeds=5)
     (arms, flags), = stages(args.runs).values()
@@ -95,7 +87,7 @@ def main() -> None:
     for label, folders in runs.items():
         curves = [spent(folder) for folder in folders]
         accuracy = [{step: value for step, value, *_ in points} for points in curves]
-        reached = [[flops_to_reach(points, target) / 1e9 for points in curves] for target in TARGETS]
+        reached = [[cost_to_reach(points, target) / 1e9 for points in curves] for target in TARGETS]
         rows.append([label, *(percent([one[step] for one in accuracy]) for step in STEPS),
                      *(number(found, ".0f") if max(found) < float("inf") else
                        f"{sum(value < float('inf') for value in found)} of {len(found)} arrive" for found in reached),

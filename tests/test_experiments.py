@@ -102,9 +102,9 @@ def test_accuracy_by_kind_is_over_the_problems_of_that_kind(tmp_path):
     assert compare.accuracy_by(tmp_path / "a", lambda r: r["kind"], 0) == {"x": 0.0, "y": 0.0}
 
 
-def test_tokens_to_reach_interpolates_the_first_crossing():
+def test_cost_to_reach_interpolates_the_first_crossing():
     """fails if: a later crossing, the next evaluation, or a target never reached is reported."""
-    reach = importlib.import_module("opsd").tokens_to_reach
+    reach = compare.cost_to_reach
     points = [(0, 0.2, 0), (15, 0.4, 1000), (30, 0.3, 2000), (45, 0.5, 3000)]
     assert [reach(points, target) for target in (0.3, 0.45, 0.5)] == pytest.approx([500, 2750, 3000])
     assert reach(points, 0.2) == 0 and reach(points, 0.1) == 0 and reach(points, 0.51) == float("inf")
