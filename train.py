@@ -122,6 +122,28 @@ def example(run: Setup, samples: list[dict], step: int) -> str:
     return f"        e.g. {asked[-200:]!r} -> {sample['text'][:400]!r}  ({verdict})"
 
 
+def begin(cfg: Config, folder: RunFolder, run: Setup) -> dict:
+    """What stands before the first step: checks on request, and how good student and teacher are."""
+    if cfg.self_check:
+        self_check(cfg, run)
+    if cfg.compile:
+        warm_up(cfg, run)
+    check_tokenizers(cfg, run)
+    begun = time.perf_counter()
+    before, samples = test(cfg, run, run.actor, "student before")
+    folder.write_samples(0, samples)
+    print(test_line("before ", cfg, before))
+    teacher = test_teachers(cfg, run) if run.teachers and cfg.eval_teacher and cfg.teacher != "self" else None
+    if teacher:
+        print(test_line("teacher", cfg, teacher))
+    state = {"step": 0, "before": before, "teacher": teacher, "best": -1.0, "seconds": 0.0, "skipped": 0,
+             "skipped_in_a_row": 0, "tokens": 0, "phases": {}}
+    folder.log({"step": 0, "eval": before, "eval_teacher": teacher})
+    tokens = sum(round(m["mean_length"] * m["problems"] * cfg.eval_k) for m in (before, teacher) if m)
+    note_time(state, {"tokens": tokens}, {"evaluation": time.perf_counter() - begun})
+    return state
+
+
 def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) -> int:
     """The run, from wherever the folder says it stands. Returns the exit status: 0, or 128 + signal when
     stopped."""
@@ -133,23 +155,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
     if state:
         print(f"resume  {folder.path} from step {state['step']}")
     else:
-        if cfg.self_check:
-            self_check(cfg, run)
-        if cfg.compile:
-            warm_up(cfg, run)
-        check_tokenizers(cfg, run)
-        begun = time.perf_counter()
-        before, samples = test(cfg, run, run.actor, "student before")
-        folder.write_samples(0, samples)
-        print(test_line("before ", cfg, before))
-        teacher = test_teachers(cfg, run) if run.teachers and cfg.eval_teacher and cfg.teacher != "self" else None
-        if teacher:
-            print(test_line("teacher", cfg, teacher))
-        state = {"step": 0, "before": before, "teacher": teacher, "best": -1.0, "seconds": 0.0, "skipped": 0,
-                 "skipped_in_a_row": 0, "tokens": 0, "phases": {}}
-        folder.log({"step": 0, "eval": before, "eval_teacher": teacher})
-        tokens = sum(round(m["mean_length"] * m["problems"] * cfg.eval_k) for m in (before, teacher) if m)
-        note_time(state, {"tokens": tokens}, {"evaluation": time.perf_counter() - begun})
+        state = begin(cfg, folder, run)
     seconds_before = state["seconds"]
 
     with graceful_stop() as stopped, tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=None) as bar:
