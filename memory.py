@@ -136,8 +136,11 @@ def give_back_freed_memory() -> None:
     """Tell glibc to hand large freed blocks back to the system at once instead of keeping them in pieces:
     chunk after chunk of logits otherwise leaves a heap of 1.1 full logits tensors behind, with this 0.1
     (bench/loss.py). Large is above 4 MB: blocks that are paged in anew at every use cost more than the
-    arithmetic on them. Elsewhere: nothing."""
+    arithmetic on them. Smaller ones stay in the heap, whose free end is handed back only beyond 256 MB, for the same
+    reason. Elsewhere: nothing."""
     try:
-        ctypes.CDLL(None).mallopt(-3, 1 << 22)      # -3 = M_MMAP_THRESHOLD, which grows by itself unless it is set
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 22)       # M_MMAP_THRESHOLD, which grows by itself unless it is set
+        libc.mallopt(-1, 1 << 28)       # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass

@@ -10,7 +10,7 @@ moves its weights.
 
 Axes: B sequences, T positions, D width, V vocabulary rows, H head width, R key/value heads.
 
-Modules hold parameters and nothing else: the KV cache is an object that the caller owns. Parameter names
+Modules hold parameters and nothing else: the KV cache (attention.py) is an object that the caller owns. Parameter names
 equal the checkpoint's, so loading is a strict copy. Weights may be stored in float32 while products run in
 `compute_dtype`: each projection casts its weight to the dtype of its input, so gradients arrive and add up in
 the stored dtype.
@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import KVCache, Packing, attend, flash_ready
 from tokenizer import UserError, read_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -118,44 +119,6 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     return freq
 
 
-class KVCache:
-    """Keys and values of `slots` sequences, each at its own length. The caller owns it and sets `length_B`.
-
-    keys, values: per layer (slots, R, capacity, H). A forward pass with T tokens writes them at positions
-    length_B ... length_B + T - 1 of the first B slots; the caller then advances length_B. Positions past a
-    sequence's length hold leftovers: they are masked while decoding and overwritten before they are reached.
-    """
-
-    def __init__(self, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype, device):
-        shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.length_B = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.longest = 0                # host copy of length_B.max(): what a forward pass has to read
-
-    def append(self, layer: int, key_BRTH: Tensor, value_BRTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Write in place; return the first B slots up to the longest live position."""
-        B, _, T, _ = key_BRTH.shape
-        keys, values = self.keys[layer][:B], self.values[layer][:B]
-        if self.longest == 0:           # prefill of empty slots: nothing older to read
-            keys[:, :, :T], values[:, :, :T] = key_BRTH, value_BRTH
-            return key_BRTH, value_BRTH
-        rows_B1 = torch.arange(B, device=key_BRTH.device)[:, None]
-        at_BT = self.length_B[:B, None] + torch.arange(T, device=key_BRTH.device)
-        keys[rows_B1, :, at_BT] = key_BRTH.transpose(1, 2)
-        values[rows_B1, :, at_BT] = value_BRTH.transpose(1, 2)
-        return keys[:, :, :self.longest + T], values[:, :, :self.longest + T]
-
-    def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor) -> None:
-        """Slots `to` become copies of `source`'s slots `rows` (both int64): one prefilled prompt serves all
-        its samples."""
-        n = source.longest
-        for mine, theirs in zip(self.keys + self.values, source.keys + source.values):
-            mine[to, :, :n] = theirs[rows, :, :n]
-        self.length_B[to] = source.length_B[rows]
-
-
 class Linear(nn.Module):
     """y = x W^T + b, product in x's dtype; with LoRA, + scale * (x A^T) B^T (Hu 2021, arXiv:2106.09685)."""
 
@@ -179,7 +142,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight. The mean square is taken in float32 and the result cast back before the weight."""
+    """x / sqrt(mean(x^2) + eps) * weight, the mean square in float32 (Zhang 2019, arXiv:1910.07467)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -187,15 +150,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float() if x.dtype != torch.float64 else x
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * normed.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotate(x_BRTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
-    """Rope in the checkpoints' layout: channel i turns with channel i + H/2 (not with its neighbour)."""
-    first, second = x_BRTH.chunk(2, -1)
-    return x_BRTH * cos_BTH[:, None] + torch.cat((-second, first), -1) * sin_BTH[:, None]
+def rotate(x_BTnH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
+    """Rope in the checkpoints' layout: channel i turns with channel i + H/2 (not with its neighbour). The first half
+    of sin is negated."""
+    return x_BTnH * cos_BT1H + x_BTnH.roll(x_BTnH.shape[-1] // 2, -1) * sin_BT1H
 
 
 class Attention(nn.Module):
@@ -210,22 +171,16 @@ class Attention(nn.Module):
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) for _ in "qk")
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None):
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None,
+                packing: Packing | None) -> Tensor:
         B, T, _ = x_BTD.shape
         q, k, v = (proj(x_BTD).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        if T == 1:
-            # the query heads that share a key stand as rows: a mask with enable_gqa has no fused CUDA kernel
-            q = q.view(B, k.shape[1], -1, self.head_dim)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            out = out.transpose(1, 2)
-        return self.o_proj(out.reshape(B, T, -1))
+            k, v = cache.append(self.layer, k, v, whole=packing is not None)
+        return self.o_proj(attend(q, k, v, mask, packing))
 
 
 class MLP(nn.Module):
@@ -246,8 +201,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, cache, mask) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
+    def forward(self, x: Tensor, rope, cache, mask, packing) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask, packing)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -275,6 +230,7 @@ class Transformer(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.rope_frequencies = rope_frequencies(config)
         self.gradient_checkpointing = False
+        self.compiled: list = []            # the layers through torch.compile, for passes without a cache
         self.disk_dtype = torch.float32     # what save() writes: the dtype the checkpoint came in
 
     @property
@@ -285,33 +241,58 @@ class Transformer(nn.Module):
         """(V, D), float as stored: lm_head, or the embedding when tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None) -> Tensor:
         """hidden_BTD after the last norm, compute_dtype. Causal; right padding needs no mask because nothing
-        real looks at it. With a cache, row b's tokens continue slot b at its own length."""
+        real looks at it. With a cache, row b's tokens continue slot b at its own length. With lengths, the one row
+        holds sequences of these lengths end to end, which do not see each other."""
         B, T = tokens_BT.shape
-        device = tokens_BT.device
-        start_B1 = torch.zeros(B, 1, dtype=torch.int64, device=device) if cache is None else cache.length_B[:B, None]
-        at_BT = start_B1 + torch.arange(T, device=device)
-        mask = None
+        device, mask, packing = tokens_BT.device, None, None
+        if lengths is not None:
+            packing = Packing.of(lengths, device, self.packs)
+            at_BT = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+        elif cache is not None:
+            at_BT = cache.length_B[:B, None] + torch.arange(T, device=device)
+        else:
+            at_BT = torch.arange(T, device=device)[None]
         if cache is not None and cache.longest > 0:
-            mask = torch.arange(cache.longest + T, device=device) <= at_BT[:, None, :, None]
-        x = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
-        if self.rope_frequencies.device != device:
-            self.rope_frequencies = self.rope_frequencies.to(device)    # once, not one copy per decode step
-        angle_BTH = (at_BT[..., None] * self.rope_frequencies).repeat(1, 1, 2)
-        rope = angle_BTH.cos().to(x.dtype), angle_BTH.sin().to(x.dtype)
-        for layer in self.model.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, cache, mask, use_reentrant=False)
+            if cache.flash and T == 1:
+                packing = cache.packing(B)
             else:
-                x = layer(x, rope, cache, mask)
+                hidden = torch.arange(cache.longest + T, device=device) > at_BT[:, None, :, None]
+                mask = torch.zeros(hidden.shape, dtype=self.compute_dtype, device=device).masked_fill(hidden, -math.inf)
+        x = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        rope = self.rope(at_BT)
+        for layer in (cache is None and self.compiled) or self.model.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, cache, mask, packing, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache, mask, packing)
         return self.model.norm(x)
 
-    def response_hidden(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def rope(self, at_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B, T, 1, H), as rotate() wants them."""
+        if self.rope_frequencies.device != at_BT.device:
+            self.rope_frequencies = self.rope_frequencies.to(at_BT.device)      # once, not one copy per decode step
+        angle_BT1H = (at_BT[..., None] * self.rope_frequencies)[:, :, None]
+        cos, sin = angle_BT1H.cos().to(self.compute_dtype), angle_BT1H.sin().to(self.compute_dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+    def compile_layers(self) -> None:
+        """Fuse what stands between the products of a layer, forward and backward. All layers share one compilation,
+        at their first pass, and sequences of any length."""
+        self.compiled = [torch.compile(layer, dynamic=True) for layer in self.model.layers]
+
+    @property
+    def packs(self) -> bool:
+        """Are sequences end to end faster here than side by side?"""
+        return flash_ready(self.device, self.compute_dtype, self.config.head_dim)
+
+    def response_hidden(self, tokens_BT: Tensor, mask_BT: Tensor, lengths: list[int] | None = None) -> Tensor:
         """hidden_ND: for each token under the mask, in row-major order, the state that predicts it. The one
-        place where positions shift by one: the state at t - 1 predicts the token at t."""
+        place where positions shift by one: the state at t - 1 predicts the token at t, end to end too, as no
+        sequence begins with a response token."""
         assert not mask_BT[:, 0].any(), "the first token of a sequence has nothing that predicts it"
-        return self(tokens_BT)[:, :-1][mask_BT[:, 1:]]
+        return self(tokens_BT, lengths=lengths)[:, :-1][mask_BT[:, 1:]]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits over every row of the head, padding rows included."""

@@ -227,7 +227,7 @@ def owned(number: Tensor) -> Tensor:
 
 
 def in_step(micro_batches):
-    """Decorates a generator of (tokens_bt, mask_bt, row_n): as many on every process, the missing ones
+    """Decorates a generator of (tokens_bt, mask_bt, lengths, row_n): as many on every process, the missing ones
     without a row. A layer is gathered by all processes together, so each has to run it as often as the
     others."""
     @functools.wraps(micro_batches)
@@ -238,7 +238,7 @@ def in_step(micro_batches):
         missing = largest(len(batches)) - len(batches)
         device = args[0].tokens_BT.device
         tokens_bt = torch.zeros(1, 2, dtype=torch.int64, device=device)
-        return batches + [(tokens_bt, tokens_bt.bool(), tokens_bt.new_empty(0))] * missing
+        return batches + [(tokens_bt, tokens_bt.bool(), None, tokens_bt.new_empty(0))] * missing
     return wrapped
 
 

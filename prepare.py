@@ -265,6 +265,9 @@ def set_up(cfg) -> tuple:
     if own_reference:
         reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False)
     parallel.shard(*models, reference)
+    if cfg.compile and parallel.world() == 1:       # several processes gather each layer around its own pass
+        for model in {student, *models, reference} - {None}:
+            model.compile_layers()
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
     return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train,
                       first, held_out, prompts, shown, given, variables, teacher_variables, chunk_rows, planned)

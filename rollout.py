@@ -16,6 +16,7 @@ the slot it got, on the number of slots or on its neighbours.
 Not here: top-k and top-p. The loss scores the distribution that was sampled; truncating it would make
 training off-policy without saying so.
 """
+import functools
 from collections import deque
 from dataclasses import dataclass
 
@@ -26,10 +27,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import parallel
-from model import KVCache, Transformer
+from attention import KVCache
+from model import Transformer
 from tokenizer import UserError
 
 PREFILL_TOKENS = 16_384     # prompt tokens per prefill pass: bounds its activations, whatever the number of slots
+LOOK_EVERY = 8, 1           # decode steps between two looks at what has ended: a look makes a GPU wait, a CPU not
 SAMPLE_ENTRIES = 2**26, 2**18       # logits per pass of the sampler, GPU and CPU: 256 MB; what stays in a core's cache
 
 
@@ -69,29 +72,37 @@ class Rollout:
         return assemble(prompts, responses, logps, entropies, self.finished_B.tolist(), self.tokens_BT.device)
 
     @parallel.in_step
-    def micro_batches(self, max_tokens: int, sequence_b: Tensor | None = None):
-        """Yield (tokens_bt, mask_bt, row_n) of groups of sequences of similar length, each of at most
-        max_tokens tokens padding included (or one sequence): of all sequences, or of those in sequence_b.
-        row_n says where the group's rows, in row-major order, stand among all N."""
+    def micro_batches(self, max_tokens: int, sequence_b: Tensor | None = None, pack: bool = False):
+        """Yield (tokens_bt, mask_bt, lengths, row_n) of groups of sequences, each of at most max_tokens tokens padding
+        included (or one sequence): of all sequences, or of those in sequence_b. A group's sequences stand side by
+        side and are of similar length, lengths = None; or, to pack, end to end in one row. row_n says where the
+        group's response tokens, in row-major order, stand among all N."""
         total_B = self.prompt_len_B + self.length_B
         row_BT = self.mask_BT.flatten().cumsum(0).view_as(self.mask_BT) - 1
         order, lengths = total_B.argsort(stable=True), total_B.tolist()
         if sequence_b is not None:
             order = order[torch.isin(order, sequence_b)]
-        for group in similar_lengths(order[parallel.owned(order)].tolist(), lengths, max_tokens):
+        for group in groups(order[parallel.owned(order)].tolist(), lengths, max_tokens, pack):
             at, longest = torch.tensor(group, device=order.device), lengths[group[-1]]
             tokens_bt, mask_bt = self.tokens_BT[at, :longest], self.mask_BT[at, :longest]
-            yield tokens_bt, mask_bt, row_BT[at, :longest][mask_bt]
+            row_n = row_BT[at, :longest][mask_bt]
+            if pack:
+                real_bt = torch.arange(longest, device=order.device) < total_B[at, None]
+                yield tokens_bt[real_bt][None], mask_bt[real_bt][None], [lengths[b] for b in group], row_n
+            else:
+                yield tokens_bt, mask_bt, None, row_n
 
 
-def similar_lengths(order: list[int], lengths: list[int], max_tokens: int):
-    """Cut `order`, in which lengths rise, into groups. Each, padded to its longest, has at most max_tokens tokens
-    and no more padding than a tenth of its real tokens plus 128; one sequence always fits. (96 sequences of
-    lognormal lengths, 16,384 tokens at a time: 37 % padding without the second rule, 11 % with it.)"""
+def groups(order: list[int], lengths: list[int], max_tokens: int, pack: bool):
+    """Cut `order`, in which lengths rise, into groups of at most max_tokens tokens; one sequence always fits. Side by
+    side, padded to the longest, no more than a tenth of a group's real tokens plus 128 are padding. (96 sequences of
+    lognormal lengths, 16,384 tokens at a time: 37 % padding without that rule, 11 % with it.)"""
     group, real = [], 0
     for b in order:
-        padded = lengths[b] * (len(group) + 1)
-        if group and padded > min(max_tokens, 1.1 * (real + lengths[b]) + 128):
+        size, most = real + lengths[b], max_tokens
+        if not pack:
+            size, most = lengths[b] * (len(group) + 1), min(max_tokens, 1.1 * size + 128)
+        if group and size > most:
             yield group
             group, real = [], 0
         group.append(b)
@@ -123,6 +134,15 @@ def from_responses(prompts: list[list[int]], responses: list[list[int]], finishe
     texts = [torch.tensor(response, dtype=torch.int64) for response in responses]
     zeros = [torch.zeros(len(text)) for text in texts]
     return assemble(prompts, texts, zeros, zeros, finished, device)
+
+
+def project(hidden_BD: Tensor, head_VD: Tensor, out: Tensor) -> Tensor:
+    """out (B, V) = hidden . head, into the same memory every step: on a CPU, paging 10 MB in costs as much as a fifth
+    of the product. A bfloat16 product there packs its right factor anew each time, so for a few rows that is
+    better not the head (16 rows, 151,936 words: 7 ms against 12)."""
+    if out.device.type == "cpu" and out.dtype == torch.bfloat16 and len(out) <= 32:
+        return out.copy_(torch.mm(head_VD, hidden_BD.T).T)
+    return torch.mm(hidden_BD, head_VD.T, out=out)
 
 
 def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,30 +197,40 @@ def first_above(cdf_BK: Tensor, target_B1: Tensor) -> Tensor:
 
 
 class Slots:
-    """The live sequences of one generate() call. Slots 0 ... live-1 are busy; request_S says with what."""
+    """The live sequences of one generate() call. Slots 0 ... live-1 are busy; `request` says with what.
+
+    All that a decode step reads and writes stays at one place on the device, and no step asks the host anything:
+    a sequence that has ended takes part without moving on until the host looks (every LOOK_EVERY steps). So on a
+    GPU a step is recorded once per number of rows as a CUDA graph, and from then on replayed without the host's
+    some thousand launches.
+    """
 
     def __init__(self, model: Transformer, n_slots: int, capacity: int, limit: int, vocab_size: int,
-                 compile: bool = False):
-        self.model, self.device, self.vocab_size = model, model.device, vocab_size
-        self.step = torch.compile(model.forward, dynamic=True) if compile else model    # prefill is never compiled
+                 stop_ids: tuple[int, ...], temperature: float, compile: bool = False):
+        self.model, self.device, self.temperature = model, model.device, temperature
+        self.forward = torch.compile(model.forward, dynamic=True) if compile else model     # prefill is never compiled
         self.cache = KVCache(model.config, n_slots, capacity, model.compute_dtype, self.device)
         self.logits_SV = torch.empty(n_slots, vocab_size, dtype=model.compute_dtype, device=self.device)
-        self.token_ST = torch.zeros(n_slots, limit, dtype=torch.int64, device=self.device)
-        self.logp_ST, self.entropy_ST, self.uniform_ST = (
-            torch.zeros(n_slots, limit, device=self.device) for _ in range(3))
-        self.count_S = torch.zeros(n_slots, dtype=torch.int64, device=self.device)     # tokens written so far
-        self.limit_S = torch.zeros(n_slots, dtype=torch.int64, device=self.device)
+        zeros = functools.partial(torch.zeros, device=self.device)
+        # one column more than the longest response: there goes what an ended sequence of full length still draws
+        self.token_ST, self.last_S = zeros(n_slots, limit + 1, dtype=torch.int64), zeros(n_slots, dtype=torch.int64)
+        self.logp_ST, self.entropy_ST, self.uniform_ST = (zeros(n_slots, limit + 1) for _ in range(3))
+        self.count_S, self.limit_S = zeros(n_slots, dtype=torch.int64), zeros(n_slots, dtype=torch.int64)
+        self.stopped_S = zeros(n_slots, dtype=torch.bool)
+        self.done_S = ~self.stopped_S           # of a free slot too
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self.device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}   # rows -> its step; None = ran once, not recorded
         self.request: list[int] = []            # host: request number of each live slot
-        self.length: list[int] = []             # host mirror of cache.length_B[:live]
+        self.length: list[int] = []             # host: tokens in the cache of each live slot, or more if it has ended
 
     @property
     def live(self) -> int:
         return len(self.request)
 
     def admit(self, requests: list[int], prompt_of: list[list[int]], limit_of: list[int], stream_of: list[int],
-              seed: int) -> Tensor:
-        """Prefill the prompts of `requests` into the next free slots; return the hidden state (n, D) that
-        predicts the first token of each. Requests with the same prompt object share one prefill row."""
+              seed: int) -> None:
+        """Prefill the prompts of `requests` into the next free slots and write the first token of each. Requests
+        with the same prompt object share one prefill row."""
         first = self.live
         unique = {id(prompt_of[r]): prompt_of[r] for r in requests}
         row_of = {key: row for row, key in enumerate(unique)}
@@ -227,54 +257,72 @@ class Slots:
             self.uniform_ST[slot, :limit_of[r]] = torch.from_numpy(stream.random(limit_of[r], dtype=np.float32))
         self.request += requests
         self.length += [len(prompt_of[r]) for r in requests]
-        self.count_S[first:self.live] = 0
-        self.limit_S[first:self.live] = torch.tensor([limit_of[r] for r in requests], device=self.device)
-        return torch.cat(hidden_PD)[torch.tensor([row_of[id(prompt_of[r])] for r in requests], device=self.device)]
+        new = slice(first, self.live)
+        self.count_S[new], self.stopped_S[new], self.done_S[new] = 0, False, False
+        self.limit_S[new] = torch.tensor([limit_of[r] for r in requests], device=self.device)
+        rows = torch.tensor([row_of[id(prompt_of[r])] for r in requests], device=self.device)
+        self.write(new, torch.cat(hidden_PD)[rows])
 
-    def write(self, first: int, hidden_BD: Tensor, temperature: float) -> None:
-        """Sample the next token of slots first ... live-1 from their hidden states and store it."""
-        rows_B = torch.arange(first, self.live, device=self.device)
-        at = rows_B, self.count_S[rows_B]
-        head_VD = self.model.head_weight()[:self.vocab_size].to(hidden_BD.dtype)
-        # into the same memory every step: on a CPU, paging 10 MB in costs as much as a fifth of their product
-        logits_BV = torch.mm(hidden_BD, head_VD.T, out=self.logits_SV[:len(hidden_BD)])
-        self.token_ST[at], self.logp_ST[at], self.entropy_ST[at] = sample(logits_BV, temperature, self.uniform_ST[at])
-        self.count_S[rows_B] += 1
+    def write(self, at: slice, hidden_BD: Tensor) -> None:
+        """Sample the next token of slots `at` from their hidden states, store it, and note which have ended."""
+        logits_BV = self.logits_SV[:len(hidden_BD)]
+        project(hidden_BD, self.model.head_weight()[:logits_BV.shape[1]].to(hidden_BD.dtype), out=logits_BV)
+        count_B1 = self.count_S[at, None]
+        drawn = sample(logits_BV, self.temperature, self.uniform_ST[at].gather(1, count_B1).squeeze(1))
+        for buffer_ST, value_B in zip((self.token_ST, self.logp_ST, self.entropy_ST), drawn):
+            buffer_ST[at].scatter_(1, count_B1, value_B[:, None])
+        self.last_S[at] = drawn[0]
+        going_B = ~self.done_S[at]
+        self.count_S[at] += going_B
+        self.stopped_S[at] |= going_B & (drawn[0][:, None] == self.stop_ids).any(1)
+        self.done_S[at] |= self.stopped_S[at] | (self.count_S[at] >= self.limit_S[at])
 
-    def decode(self) -> Tensor:
-        """Feed every live slot the token it wrote last; return hidden_BD."""
-        live = self.live
-        last_B1 = self.token_ST[torch.arange(live, device=self.device), self.count_S[:live] - 1][:, None]
-        self.cache.longest = max(self.length)
-        hidden_BD = self.step(last_B1, self.cache)[:, 0]
-        self.cache.length_B[:live] += 1
-        self.length = [n + 1 for n in self.length]
-        return hidden_BD
+    def step(self, n: int) -> None:
+        """Feed the first n slots the token each wrote last, and write the next."""
+        going_B = ~self.done_S[:n]
+        hidden_BD = self.forward(self.last_S[:n, None], self.cache)[:, 0]
+        self.cache.length_B[:n] += going_B
+        self.write(slice(0, n), hidden_BD)
 
-    def retire(self, stop_ids: Tensor):
+    def decode(self) -> None:
+        """One step of all live slots."""
+        self.cache.longest = min(max(self.length), self.cache.keys[0].shape[1] - 1)
+        self.length = [length + 1 for length in self.length]
+        if not self.cache.flash:        # how far a masked pass reads changes from step to step
+            self.step(self.live)
+            return
+        n = min(1 << (self.live - 1).bit_length(), len(self.count_S))      # few graphs; free rows cost next to nothing
+        if n not in self.graphs:        # the first step of its kind also loads kernels, which cannot be recorded
+            self.graphs[n] = None
+            self.step(n)
+            return
+        if self.graphs[n] is None:
+            pool = next((graph.pool() for graph in self.graphs.values() if graph), None)
+            self.graphs[n] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[n], pool=pool):
+                self.step(n)
+        self.graphs[n].replay()
+
+    def retire(self):
         """Yield (request, tokens, logps, entropies, finished) of every slot that stopped or is full, and free
         it."""
         live = self.live
-        last_B = self.token_ST[torch.arange(live, device=self.device), self.count_S[:live] - 1]
-        stopped_B = torch.isin(last_B, stop_ids)
-        stopped, done = torch.stack([stopped_B, stopped_B | (self.count_S[:live] >= self.limit_S[:live])]).tolist()
+        done, stopped, count = torch.stack([self.done_S[:live], self.stopped_S[:live], self.count_S[:live]]).tolist()
         for slot in reversed(range(live)):      # from the end, so that the slot moved into a gap is already judged
             if done[slot]:
-                n = int(self.count_S[slot])
-                yield (self.request[slot], *(buffer[slot, :n].clone().cpu() for buffer in
-                                             (self.token_ST, self.logp_ST, self.entropy_ST)), stopped[slot])
+                yield (self.request[slot], *(buffer[slot, :count[slot]].clone().cpu() for buffer in
+                                             (self.token_ST, self.logp_ST, self.entropy_ST)), bool(stopped[slot]))
                 self.free(slot)
 
     def free(self, slot: int) -> None:
         last = self.live - 1
         if slot != last:
-            n = self.length[last]
-            for cached in self.cache.keys + self.cache.values:
-                cached[slot, :, :n] = cached[last, :, :n]
-            for state in (self.cache.length_B, self.token_ST, self.logp_ST, self.entropy_ST, self.uniform_ST,
-                          self.count_S, self.limit_S):
+            self.cache.move(slot, last, self.length[last])
+            for state in (self.token_ST, self.logp_ST, self.entropy_ST, self.uniform_ST, self.last_S, self.count_S,
+                          self.limit_S, self.stopped_S, self.done_S):
                 state[slot] = state[last]
             self.request[slot], self.length[slot] = self.request[last], self.length[last]
+        self.cache.length_B[last], self.done_S[last] = 0, True      # a free row decodes along, over one key
         self.request.pop()
         self.length.pop()
 
@@ -310,21 +358,20 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
     limit_of = [limit for limit in limits for _ in range(samples)]
     stream_of = [n * samples + sample for n in numbers or range(len(prompts)) for sample in range(samples)]
     vocab_size = vocab_size or model.config.vocab_size
-    stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.device)
     n_slots = min(slots, len(prompt_of))
-    pool = Slots(model, n_slots, max(len(p) + n for p, n in zip(prompts, limits)), max(limits), vocab_size,
-                 compile)
+    pool = Slots(model, n_slots, max(len(p) + n for p, n in zip(prompts, limits)), max(limits), vocab_size, stop_ids,
+                 temperature, compile)
     queue, done = deque(range(len(prompt_of))), {}
+    look_every = LOOK_EVERY[model.device.type == "cpu"]
     with tqdm(total=len(prompt_of), desc=progress, unit="seq", leave=False, disable=None if progress else True) as bar:
         while pool.live or queue:
-            if pool.live:
-                pool.write(0, pool.decode(), temperature)
+            for _ in range(look_every if pool.live else 0):
+                pool.decode()
             # refilling one slot at a time would prefill one prompt at a time: wait for an eighth of them
             if queue and (n_slots - pool.live >= max(1, n_slots // 8) or not pool.live):
                 new = [queue.popleft() for _ in range(min(n_slots - pool.live, len(queue)))]
-                first = pool.live
-                pool.write(first, pool.admit(new, prompt_of, limit_of, stream_of, seed), temperature)
-            for request, *result in pool.retire(stop):
+                pool.admit(new, prompt_of, limit_of, stream_of, seed)
+            for request, *result in pool.retire():
                 done[request] = result
                 bar.update()
     columns = zip(*(done[request] for request in range(len(prompt_of))))

@@ -59,8 +59,8 @@ def states(model: Transformer, rollout: Rollout, sequence_b: Tensor, place_N: Te
     at place_N[i]."""
     n = int(rollout.mask_BT[sequence_b].sum())
     hidden_nE = torch.empty(n, model.config.hidden_size, dtype=model.compute_dtype, device=rollout.tokens_BT.device)
-    for tokens_bt, mask_bt, row_n in rollout.micro_batches(max_tokens, sequence_b):
-        hidden_nE[place_N[row_n]] = model.response_hidden(tokens_bt, mask_bt)
+    for tokens_bt, mask_bt, lengths, row_n in rollout.micro_batches(max_tokens, sequence_b, model.packs):
+        hidden_nE[place_N[row_n]] = model.response_hidden(tokens_bt, mask_bt, lengths)
     return hidden_nE
 
 

@@ -195,10 +195,21 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
 
 
 def warm_up(cfg: Config, run: Setup) -> None:
-    """Compile the decode step on two short responses and say what that took."""
+    """Compile by a first use, and say what that took: a few short responses are written, read by every model, and
+    learned from, which moves nothing."""
     begun = time.perf_counter()
-    generate(run.actor, run.prompts[:2], max_new_tokens=3, stop_ids=(), vocab_size=run.vocab_size, compile=True)
-    print(f"compile the first decode steps took {time.perf_counter() - begun:.0f} s")
+    # 7 of 11 slots live: two sizes that happen to be equal would be compiled as one, and again when they part
+    rollout = generate(run.actor, (run.prompts * 11)[:11], max_new_tokens=[1] * 4 + [3] * 7, stop_ids=(),
+                       vocab_size=run.vocab_size, compile=True)
+    for model in {run.student, *run.teachers} if run.student.compiled else ():
+        with torch.set_grad_enabled(model is run.student):
+            for tokens_bt, mask_bt, lengths, _ in rollout.micro_batches(10**6, pack=model.packs):
+                # id 0 in place of the tokens: a teacher may have others
+                hidden_ND = model.response_hidden(torch.zeros_like(tokens_bt), mask_bt, lengths)
+                if hidden_ND.requires_grad:
+                    hidden_ND.sum().backward()
+    run.student.zero_grad()
+    print(f"compile took {time.perf_counter() - begun:.0f} s")
 
 
 def note_time(state: dict, record: dict, seconds: dict[str, float]) -> None:

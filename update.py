@@ -149,14 +149,15 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
     per_row: dict[str, Tensor] = {}
     crossing = scores.crossing if scores else None
     for part in scores.parts if scores else [None]:
-        for tokens_bt, mask_bt, row_n in rollout.micro_batches(cfg.micro_batch_tokens, part and part.sequence_b):
+        for tokens_bt, mask_bt, lengths, row_n in rollout.micro_batches(
+                cfg.micro_batch_tokens, part and part.sequence_b, student.packs):
             batch = {"token_N": s.token_N[row_n], "behavior_N": s.student_N[row_n],
                      "advantage_N": None if advantage_N is None else advantage_N[row_n]}
             if crossing:
                 batch |= {"student_before_N": crossing.student_before_N[row_n],
                           "teacher_before_N": crossing.teacher_before_N[row_n]}
             loss_n, diagnosed = chunked_backward(
-                student.response_hidden(tokens_bt, mask_bt), head_VD, head_grad_VD, batch, scale_N[row_n],
+                student.response_hidden(tokens_bt, mask_bt, lengths), head_VD, head_grad_VD, batch, scale_N[row_n],
                 DIVERGENCES[divergence or cfg.divergence], cfg, temperature=cfg.temperature, chunk_rows=chunk_rows,
                 teacher_hidden_NE=part.hidden_nE[part.place_N[row_n]] if part else None,
                 teacher_head_VE=part.head_VE if part else None, shared=part.shared if part else None, diagnose=True)

@@ -13,6 +13,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import attention  # noqa: E402
+import model as model_file  # noqa: E402
+import rollout  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 torch.set_num_threads(1)        # models this small lose more to waiting threads than they gain
@@ -64,3 +67,65 @@ def command(pair, tmp_path):
         return [part for key, value in given.items()
                 for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
     return arguments
+
+
+def reference_flash(q_NQH, k_MRH, v_MRH, at):
+    """What the kernel computes, from its arguments alone, one query head and one sequence after the other."""
+    out, group = torch.empty_like(q_NQH), q_NQH.shape[1] // k_MRH.shape[1]
+    for s, (begin, end) in enumerate(zip(at.first_q[:-1].tolist(), at.first_q[1:].tolist())):
+        first = int(at.first_k[s])
+        used = int(at.first_k[s + 1]) - first if at.used_k is None else int(at.used_k[s])
+        assert end - begin <= at.longest_q and used <= at.longest_k
+        for head in range(q_NQH.shape[1]):
+            q = q_NQH[begin:end, head]
+            k, v = (x[first:first + used, head // group] for x in (k_MRH, v_MRH))
+            scores = q @ k.T / q.shape[1] ** 0.5
+            if at.used_k is None:
+                scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+            out[begin:end, head] = scores.softmax(-1) @ v
+    return out
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """The paths of a GPU, with a slow and plain kernel."""
+    for file in (attention, model_file):
+        monkeypatch.setattr(file, "flash_ready", lambda *_: True)
+    monkeypatch.setattr(attention, "flash", reference_flash)
+
+
+@pytest.fixture
+def gpu_paths(flash, monkeypatch):
+    """Flash attention in slow motion, and CUDA graphs that note a step instead of running it, then run it when
+    replayed. Returns the numbers of rows that were recorded and those that were replayed."""
+    recorded, replayed, step = [], [], rollout.Slots.step
+    now = []                    # the graph that is recording
+
+    class Graph:
+        def replay(self):
+            replayed.append(self.noted[1])
+            step(*self.noted)
+
+        def pool(self):
+            return "pool"
+
+    class Recording:
+        def __init__(self, graph, pool):
+            assert pool == ("pool" if recorded else None), "graphs share their memory"
+            now.append(graph)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            recorded.append(now.pop().noted[1])
+
+    def step_or_note(pool, n):
+        if now:
+            now[0].noted = pool, n
+        else:
+            step(pool, n)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(rollout.Slots, "step", step_or_note)
+    return recorded, replayed

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import KVCache, ModelConfig, Transformer, checkpoint_folder, load_model
+from attention import KVCache
+from model import ModelConfig, Transformer, checkpoint_folder, load_model
 from rollout import generate
 from tokenizer import UserError
 
@@ -159,17 +160,24 @@ def test_saved_checkpoint_loads_in_transformers(peer, lora, spelling, tmp_path):
     assert gap(theirs(tokens(2, 40)).logits, logits(ours, tokens(2, 40))) < 1e-5
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_bfloat16_products_on_float32_weights_equal_a_bfloat16_model(family, tmp_path):
-    """Measured: no difference, where bfloat16 and float32 products differ by 1% to 3% of the largest logit.
-    fails if: load_model drops compute_dtype, stores the weights in it, or RMSNorm skips float32."""
+def test_bfloat16_products_on_float32_weights_are_as_exact_as_a_bfloat16_model(family, tmp_path):
+    """Root of the mean squared distance from the float32 logits, against that of transformers' bfloat16 model: measured
+    0.93 (llama) and 0.88 (qwen3), as a norm here rounds once where transformers rounds twice.
+    fails if: load_model drops compute_dtype, stores the weights in it, or a norm is taken in bfloat16."""
     transformers = pytest.importorskip("transformers")
     small(family, head_dim=8).save(tmp_path, dtype=torch.bfloat16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     ours = load_model(tmp_path, dtype=torch.float32, compute_dtype=torch.bfloat16)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     assert ours(tokens(1, 3)).dtype == torch.bfloat16 and logits(ours, tokens(1, 3)).dtype == torch.float32
-    assert gap(logits(ours, tokens(2, 100)), theirs(tokens(2, 100)).logits.float()) < 0.004
+    asked = tokens(8, 100)
+    exact = logits(load_model(tmp_path), asked)
+    mine, peer = (((x - exact) ** 2).mean().sqrt().item()
+                  for x in (logits(ours, asked), theirs(asked).logits.float()))
+    print(f"{mine / peer:.3f}")
+    assert 0 < mine < 1.05 * peer
 
 
 # config.json
@@ -284,6 +292,54 @@ def test_copied_slots_continue_like_the_original():
     hidden = model(rows[[1, 0, 1], [9, 6, 9]][:, None], cache)[:, 0]
     full = model(rows)
     assert (hidden - torch.stack([full[1, 9], full[0, 6], full[1, 9]])).abs().max() < 1e-5
+
+
+def test_sequences_end_to_end_are_those_side_by_side():
+    """Lengths 5, 1 and 12 in one row of 18 tokens: states and gradients as of each sequence alone.
+    fails if: a sequence sees the one before it, or positions go on counting across a boundary."""
+    model, lengths = small("qwen3", head_dim=8), [5, 1, 12]
+    rows = tokens(1, sum(lengths))
+    grads = []
+    for end_to_end in (True, False):
+        model.zero_grad()
+        hidden = (model(rows, lengths=lengths) if end_to_end
+                  else torch.cat([model(part) for part in rows.split(lengths, 1)], 1))
+        (hidden * torch.arange(18.)[:, None].sin()).sum().backward()
+        grads.append((hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)))
+    assert all((a - b).abs().max() < 1e-4 * b.abs().max() for a, b in zip(*grads))
+
+
+@torch.no_grad()
+def test_flash_attention_gets_what_makes_it_the_same(flash):
+    """A row end to end, and slots of one cache at their own lengths, four steps each.
+    fails if: a slot's keys begin elsewhere, the new key is not counted, or queries share the wrong keys."""
+    model, rows = small("qwen3", head_dim=8, num_attention_heads=6, num_key_value_heads=2), tokens(3, 40)
+    full_BTD = model(rows)
+    end_to_end = model(torch.cat([rows[0, :7], rows[1, :30], rows[2, :2]])[None], lengths=[7, 30, 2])[0]
+    assert (end_to_end - torch.cat([full_BTD[0, :7], full_BTD[1, :30], full_BTD[2, :2]])).abs().max() < 1e-5
+    cache = KVCache(model.config, 5, 40, torch.float32, "cpu")
+    assert cache.flash
+    for at_BT, hidden_BTD in run_cached(model, rows, [5, 17, 2], [1, 1, 1, 1], cache):
+        wanted = full_BTD.gather(1, at_BT[..., None].expand_as(hidden_BTD))
+        assert (hidden_BTD - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_compute_the_same_gradients(monkeypatch, checkpointing):
+    """Traced as for a real backend, run as plain torch; two layers and three shapes are one or two traces, and a pass
+    with a cache none.
+    fails if: compile_layers() compiles each layer, each length, or passes through the cache as well."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, rows = small("qwen3", head_dim=8), tokens(3, 20)
+    wanted, _ = gradients(model, checkpointing)
+    model.compile_layers()
+    found, _ = gradients(model, checkpointing)
+    assert found.keys() == wanted.keys() and all(gap(found[name], wanted[name]) < 1e-5 for name in wanted)
+    model(rows), model(rows[:2, :7]), model(rows, KVCache(model.config, 3, 20, torch.float32, "cpu"))
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 def test_state_that_predicts_a_token_is_the_one_before_it():

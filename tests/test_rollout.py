@@ -353,6 +353,58 @@ def test_compiled_decode_step_is_traced_a_few_times_and_writes_the_same_text(mon
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.parametrize("look_every", [2, 7, 100])
+def test_text_does_not_depend_on_how_often_the_host_looks(monkeypatch, look_every):
+    """Sequences that ended go along until the host looks; token, log-prob and entropy of the live ones stay.
+    fails if: an ended sequence counts on, writes over its last token, or reads past the cache."""
+    wanted = write(small())
+    monkeypatch.setattr(rollout_file, "LOOK_EVERY", (1, look_every))
+    found = write(small())
+    assert same(found, wanted) and torch.equal(found.finished_B, wanted.finished_B)
+    assert (found.logp_BT - wanted.logp_BT).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_decode_step_asks_the_host_nothing():
+    """On the meta device tensors have no values: reading one, or mixing in a tensor of the host, is an error.
+    fails if: step() or sample() takes a length, a stop or a count to the host."""
+    pool = rollout_file.Slots(small().to("meta"), 5, 40, 20, VOCAB, STOPS, 1.0)
+    pool.cache.longest = 7
+    pool.step(3)
+    with pytest.raises(RuntimeError, match="meta"):
+        pool.done_S.any().item()
+
+
+@pytest.mark.parametrize("slots", [5, 64])
+def test_recorded_steps_write_the_same_text(slots, gpu_paths, monkeypatch):
+    """Rows are rounded up to a power of two or all slots, and the rows to spare decode along.
+    fails if: the step that is recorded is not replayed, a free slot counts on, or each number of rows is recorded."""
+    monkeypatch.setattr(rollout_file, "LOOK_EVERY", (1, 3))
+    recorded, replayed = gpu_paths
+    found = write(small(), slots=slots)
+    monkeypatch.undo()
+    wanted = write(small(), slots=slots)
+    assert same(found, wanted) and (found.logp_BT - wanted.logp_BT).abs().max() < 1e-5
+    assert len(set(recorded)) == len(recorded) and set(recorded) <= {1, 2, 4, 8, 16, 21, slots}
+    assert len(replayed) > len(recorded) and set(replayed) == set(recorded)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 200, 10 ** 6])
+def test_packed_micro_batches_hold_every_row_once_and_no_padding(max_tokens):
+    """fails if: padding is laid end to end too, a length is the padded one, or rows are renumbered."""
+    rollout = write(small())
+    seen, tokens_N, real = [], rollout.rows(rollout.tokens_BT), 0
+    for tokens_bt, mask_bt, lengths, row_n in rollout.micro_batches(max_tokens, pack=True):
+        assert torch.equal(tokens_bt[mask_bt], tokens_N[row_n])
+        assert tokens_bt.shape == (1, sum(lengths)) and (sum(lengths) <= max_tokens or len(lengths) == 1)
+        starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+        assert not mask_bt[0, starts].any()
+        seen += row_n.tolist()
+        real += sum(lengths)
+    assert sorted(seen) == list(range(len(tokens_N)))
+    assert real == (rollout.prompt_len_B + rollout.length_B).sum()
+
+
 @pytest.mark.parametrize("slots, rows", [(64, 7), (5, 2 + 3 + 2 + 2 + 1)])
 def test_prompt_is_prefilled_once_for_the_samples_admitted_together(slots, rows):
     """Three equally long samples of seven prompts: five slots take 5, 5, 5, 5 and 1 of them, which belong to
@@ -457,7 +509,7 @@ def test_micro_batches_hold_every_chosen_row_once(max_tokens, chosen):
     sequence_b = None if chosen is None else torch.tensor(chosen, dtype=torch.int64)
     wanted = number_BT if chosen is None else number_BT[sequence_b]
     seen, tokens_N = [], rollout.rows(rollout.tokens_BT)
-    for tokens_bt, mask_bt, row_n in rollout.micro_batches(max_tokens, sequence_b):
+    for tokens_bt, mask_bt, _, row_n in rollout.micro_batches(max_tokens, sequence_b):
         assert torch.equal(tokens_bt[mask_bt], tokens_N[row_n])
         assert tokens_bt.numel() <= max_tokens or len(tokens_bt) == 1
         seen += row_n.tolist()
@@ -472,6 +524,6 @@ def test_micro_batches_hold_little_padding():
     zeros = [torch.zeros(n - 1) for n in lengths]
     rollout = assemble([[1]] * 200, texts, zeros, zeros, [True] * 200, "cpu")
     assert rollout.tokens_BT.numel() > 2 * sum(lengths)
-    groups = [tokens_bt for tokens_bt, _, _ in rollout.micro_batches(10**6)]
+    groups = [tokens_bt for tokens_bt, *_ in rollout.micro_batches(10**6)]
     assert sum(tokens_bt.numel() for tokens_bt in groups) < 1.1 * sum(lengths) + 128 * len(groups)
     assert len(groups) < 20
