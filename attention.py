@@ -19,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+FLASH = True        # False: torch's fused attention everywhere
+
+
 @functools.cache
 def flash_ready(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Can torch's flash attention take these? Half precision on a GPU from Ampere on."""
-    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
+    return (FLASH and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
             and head_dim <= 256 and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 

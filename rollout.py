@@ -32,6 +32,7 @@ from model import Transformer
 from tokenizer import UserError
 
 PREFILL_TOKENS = 16_384     # prompt tokens per prefill pass: bounds its activations, whatever the number of slots
+CUDA_GRAPHS = True          # False: launch every kernel of every decode step
 LOOK_EVERY = 8, 1           # decode steps between two looks at what has ended: a look makes a GPU wait, a CPU not
 SAMPLE_ENTRIES = 2**26, 2**18       # logits per pass of the sampler, GPU and CPU: 256 MB; what stays in a core's cache
 
@@ -288,7 +289,7 @@ class Slots:
         """One step of all live slots."""
         self.cache.longest = min(max(self.length), self.cache.keys[0].shape[1] - 1)
         self.length = [length + 1 for length in self.length]
-        if not self.cache.flash:        # how far a masked pass reads changes from step to step
+        if not (CUDA_GRAPHS and self.cache.flash):      # how far a masked pass reads changes from step to step
             self.step(self.live)
             return
         n = min(1 << (self.live - 1).bit_length(), len(self.count_S))      # few graphs; free rows cost next to nothing
@@ -297,11 +298,20 @@ class Slots:
             self.step(n)
             return
         if self.graphs[n] is None:
-            pool = next((graph.pool() for graph in self.graphs.values() if graph), None)
-            self.graphs[n] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[n], pool=pool):
-                self.step(n)
+            self.graphs[n] = self.record(n)
         self.graphs[n].replay()
+
+    def record(self, n: int) -> torch.cuda.CUDAGraph:
+        """The step of n rows, noted and not run. Without torch.cuda.graph(), which would also collect garbage and
+        empty the allocator's cache, each time."""
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        shared = [other.pool() for other in self.graphs.values() if other][:1]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            graph.capture_begin(*shared, capture_error_mode="thread_local")    # NCCL's watchdog may go on asking
+            self.step(n)
+            graph.capture_end()
+        return graph
 
     def retire(self):
         """Yield (request, tokens, logps, entropies, finished) of every slot that stopped or is full, and free

@@ -13,16 +13,38 @@ import torch  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 
+# width, MLP width, layers, heads, key/value heads, head width, tied
+QWEN3 = {"qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, True), "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, True),
+         "qwen3-4b": (2560, 9728, 36, 32, 8, 128, True), "qwen3-8b": (4096, 12288, 36, 32, 8, 128, False)}
+
+
+def qwen3(vocab: int, width: int, mlp_width: int, layers: int, heads: int, kv_heads: int, head_dim: int,
+          tied: bool = True) -> dict:
+    """Its config.json."""
+    return dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=vocab, hidden_size=width,
+                intermediate_size=mlp_width, num_hidden_layers=layers, num_attention_heads=heads,
+                num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=40_960, rms_norm_eps=1e-6,
+                rope_theta=1e6, tie_word_embeddings=tied, hidden_act="silu", attention_bias=False,
+                bos_token_id=None, eos_token_id=None)
+
+
 def random_checkpoint(folder: Path, vocab: int, width: int = 256, layers: int = 6, heads: int = 8, kv_heads: int = 4,
-                      head_dim: int = 32, seed: int = 0) -> Path:
-    """A Qwen3 with fresh weights, tied embeddings, on disk for every implementation to load."""
-    raw = dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=vocab, hidden_size=width,
-               intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=heads,
-               num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=4096, rms_norm_eps=1e-6,
-               rope_theta=1e6, tie_word_embeddings=True, hidden_act="silu", attention_bias=False,
-               bos_token_id=None, eos_token_id=None)
+                      head_dim: int = 32, seed: int = 0, raw: dict | None = None) -> Path:
+    """A Qwen3 with fresh weights on disk, for every implementation to load."""
+    raw = raw or qwen3(vocab, width, 3 * width, layers, heads, kv_heads, head_dim)
     Transformer(ModelConfig.from_dict(raw)).init_weights(seed).save(folder)
     return folder
+
+
+def random_model(raw: dict, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device) -> Transformer:
+    """The same without a disk, drawn on the device."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_dict(raw), compute_dtype).to(dtype)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02)
+    return model
 
 
 def interleaved(variants: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:

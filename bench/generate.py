@@ -18,11 +18,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from common import interleaved, medians, random_checkpoint  # isort: skip
+from common import QWEN3, interleaved, medians, qwen3, random_checkpoint  # isort: skip
 
 import numpy as np
 import torch
 
+from memory import give_back_freed_memory
 from model import checkpoint_folder, load_model
 from rollout import generate
 
@@ -80,8 +81,9 @@ def vllm_generate(folder: Path, dtype, prompts, lengths, batch: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", help="a checkpoint folder or hub id; default: random weights")
-    parser.add_argument("--vocab", type=int, default=4096, help="of the random model")
+    parser.add_argument("--model", help=f"a checkpoint folder or hub id, or one of {', '.join(QWEN3)} with random "
+                                        f"weights; default: random, width 256, 6 layers")
+    parser.add_argument("--vocab", type=int, help="of the random model; default 4,096, of the Qwen3 shapes 151,936")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lengths", default="ragged", choices=("ragged", "equal"))
@@ -97,9 +99,14 @@ def main() -> None:
     args.requests = args.requests or (96 if args.lengths == "ragged" else args.batch)
     args.new = args.new or (256 if args.lengths == "ragged" else 64)
     torch.set_num_threads(args.threads)
+    give_back_freed_memory()
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = checkpoint_folder(args.model) if args.model else random_checkpoint(Path(scratch) / "model", args.vocab)
+        if args.model and args.model not in QWEN3:
+            folder = checkpoint_folder(args.model)
+        else:
+            raw = qwen3(args.vocab or 151_936, *QWEN3[args.model]) if args.model else None
+            folder = random_checkpoint(Path(scratch) / "model", args.vocab or 4096, raw=raw)
         model = load_model(folder, dtype=dtype, device=device)
         prompts, lengths = workload(args, model.config.vocab_size)
         work = prompts, lengths, args.batch

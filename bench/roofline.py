@@ -1,31 +1,30 @@
 """How close rollout, scoring and update come to what this machine can do.
 
     python bench/roofline.py                                                     # random pair, this CPU, one thread
-    python bench/roofline.py --device cuda --dtype bfloat16 --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B \\
-        --batch 64 --prompt 200 --new 512
+    python bench/roofline.py --device cuda --dtype bfloat16 --student qwen3-0.6b --teacher qwen3-4b --batch 64 \\
+        --new 1024 --compile
 
 First what the machine can do: bytes per second of a large copy, products per second of a large square matrix. Then
 the floors. A decode step reads the weights once and the cache of every live sequence, and multiplies every weight
 with every sequence; whichever takes longer. Scoring takes 2 FLOPs per weight and token, an update 6 (8 with
 gradient checkpointing), both with the head on response tokens only; an update also projects the teacher's head.
 Attention's own products are left out, so floors are a little too low. `share` is floor / measured, 1 = nothing left
-to gain. On a CPU seconds are of processor time. Ends with one JSON line.
+to gain; of a whole step (prefill, optimizer and all) with the sum of the three as its floor. On a CPU seconds are of
+processor time. Ends with one JSON line.
 """
 import argparse
 import json
-import tempfile
-from pathlib import Path
 
-from common import interleaved, medians, random_checkpoint  # isort: skip
+from common import QWEN3, interleaved, medians, peak_memory, qwen3, random_model, reset_peak  # isort: skip
 
 import torch
 
-from memory import auto_chunk
+from memory import auto_chunk, give_back_freed_memory
 from model import ModelConfig, Transformer, checkpoint_folder, load_model
 from rollout import generate
 from teacher import score
 from config import Config
-from update import backward, row_scale, signals
+from update import backward, row_scale, signals, update
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -62,11 +61,21 @@ def floors(args, student: ModelConfig, teacher: ModelConfig, item: int, bandwidt
             "update": (passes * layers * tokens + (6 * head + 2 * teacher_head) * rows) / rate}
 
 
+def load(name: str | None, default: tuple, args, dtype: torch.dtype, compute_dtype: torch.dtype) -> Transformer:
+    """A checkpoint folder or hub id; or random weights in a shape of common.QWEN3, or in the default's."""
+    device = torch.device(args.device)
+    if name and name not in QWEN3:
+        return load_model(checkpoint_folder(name), dtype=dtype, compute_dtype=compute_dtype, device=device)
+    vocab = args.vocab or (151_936 if name else 4096)
+    return random_model(qwen3(vocab, *(QWEN3[name] if name else default)), dtype, compute_dtype, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--student", help="checkpoint folder or hub id; default: random, width 256, 6 layers")
+    parser.add_argument("--student", help=f"folder, hub id, or one of {', '.join(QWEN3)} with random weights; "
+                                          f"default: random, width 256, 6 layers")
     parser.add_argument("--teacher", help="likewise; default: random, width 512, 8 layers")
-    parser.add_argument("--vocab", type=int, default=4096, help="of the random pair")
+    parser.add_argument("--vocab", type=int, help="of random models; default 4,096, of the Qwen3 shapes 151,936")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
@@ -74,53 +83,75 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="the decode step through torch.compile")
+    parser.add_argument("--micro_batch_tokens", type=int, default=16_384)
+    parser.add_argument("--compile", action="store_true", help="the decode step and the layers through torch.compile")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--decode_only", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    give_back_freed_memory()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = [checkpoint_folder(args.student) if args.student else
-                   random_checkpoint(Path(scratch) / "s", args.vocab),
-                   checkpoint_folder(args.teacher) if args.teacher else
-                   random_checkpoint(Path(scratch) / "t", args.vocab, width=512, layers=8, head_dim=64, seed=1)]
-        student = load_model(folders[0], compute_dtype=dtype, device=device)
-        teacher = load_model(folders[1], dtype=dtype, device=device).requires_grad_(False)
+    student = load(args.student, (256, 768, 6, 8, 4, 32), args, torch.float32, dtype)
+    teacher = load(args.teacher, (512, 1536, 8, 8, 4, 64), args, dtype, dtype).requires_grad_(False)
     student.gradient_checkpointing = args.gradient_checkpointing
+    for model in (student, teacher) if args.compile else ():
+        model.compile_layers()
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    vocab, cfg = min(student.config.vocab_size, teacher.config.vocab_size), Config(micro_batch_tokens=16_384)
+    vocab, cfg = min(student.config.vocab_size, teacher.config.vocab_size), Config(
+        micro_batch_tokens=args.micro_batch_tokens)
     chunk_rows = auto_chunk(cfg, vocab, device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     prompts = torch.randint(vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    kept = {}
 
     def write(new: int):
         return generate(actor, prompts, max_new_tokens=new, stop_ids=(), slots=args.batch, vocab_size=vocab,
                         compile=args.compile)
 
-    def read():
-        return score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device), vocab_size=vocab,
-                     temperature=1.0, max_tokens=cfg.micro_batch_tokens, chunk_rows=chunk_rows)
+    def rollout():
+        kept["rollout"] = write(args.new)
 
-    rollout = write(args.new)
-    scores = read()
-    s = signals(rollout, torch.arange(args.batch, device=device), None, scores)
-    scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
-    seconds = medians(interleaved({
-        "rollout": lambda: write(args.new), "prefill": lambda: write(1), "scoring": read,
-        "update": lambda: backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=vocab,
-                                   chunk_rows=chunk_rows)},
-        args.rounds, device))
-    measured = {"decode step": (seconds["rollout"] - seconds["prefill"]) / (args.new - 1),
-                "scoring": seconds["scoring"], "update": seconds["update"]}
+    def scoring():
+        kept["scores"] = score([teacher], kept["rollout"], torch.zeros(args.batch, dtype=torch.int64, device=device),
+                               vocab_size=vocab, temperature=1.0, max_tokens=cfg.micro_batch_tokens,
+                               chunk_rows=chunk_rows)
+
+    def learning():
+        s = signals(kept["rollout"], torch.arange(args.batch, device=device), None, kept["scores"])
+        scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
+        kept["update"] = s, scale_N, backward(student, kept["rollout"], s, kept["scores"], scale_N, None, cfg,
+                                              vocab_size=vocab, chunk_rows=chunk_rows)
+
+    def step():
+        if actor is not student:
+            actor.refresh(student)
+        rollout(), scoring(), learning()
+        update(student, optimizer, *kept["update"], 1.0)
+
+    phases = {"prefill": lambda: write(1), "rollout": rollout}
+    if not args.decode_only:
+        phases |= {"scoring": scoring, "update": learning, "step": step}
+    before = reset_peak(device)
+    seconds = medians(interleaved(phases, args.rounds, device))
+    peak = peak_memory(device)
     bandwidth, rate = machine(device, dtype)
     floor = floors(args, student.config, teacher.config, dtype.itemsize, bandwidth, rate)
+    floor["step"] = floor["decode step"] * args.new + floor["scoring"] + floor["update"]
+    measured = {"decode step": (seconds["rollout"] - seconds["prefill"]) / (args.new - 1),
+                **{name: seconds[name] for name in ("scoring", "update", "step") if name in seconds}}
     print(f"{args.device}, {args.dtype}: copy {bandwidth / 1e9:.1f} GB/s, products {rate / 1e12:.3f} TFLOP/s")
-    print(f"{args.batch} sequences of {args.prompt} + {args.new} tokens, vocabulary {vocab}")
+    print(f"{args.student or 'random'} under {args.teacher or 'random'}: {args.batch} sequences of {args.prompt} + "
+          f"{args.new} tokens, vocabulary {vocab}")
     for name, value in measured.items():
         print(f"{name:>12}: floor {1e3 * floor[name]:9.2f} ms, measured {1e3 * value:9.2f} ms, "
               f"share {floor[name] / value:.2f}")
+    print(f" peak memory: {peak / 2**30:.2f} GiB, {(peak - before) / 2**30:.2f} above the models")
     share = {name.replace(" ", "_"): round(floor[name] / value, 3) for name, value in measured.items()}
-    print(json.dumps({"name": f"roofline_{args.device}_{args.dtype}_{vocab}", "ratio": share["decode_step"], **share,
-                      "gigabytes_per_second": round(bandwidth / 1e9, 2), "teraflops": round(rate / 1e12, 4)}))
+    print(json.dumps({"name": f"roofline_{args.device}_{args.dtype}_{args.student}_{args.batch}",
+                      "ratio": share["decode_step"], **share,
+                      "tokens_per_second": round(args.batch / measured["decode step"], 1),
+                      "peak_gib": round(peak / 2**30, 2), "gigabytes_per_second": round(bandwidth / 1e9, 2),
+                      "teraflops": round(rate / 1e12, 4)}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ stop. The models differ in family, width, depth, tying and padding rows, as publ
 import json
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -97,11 +98,17 @@ def flash(monkeypatch):
 @pytest.fixture
 def gpu_paths(flash, monkeypatch):
     """Flash attention in slow motion, and CUDA graphs that note a step instead of running it, then run it when
-    replayed. Returns the numbers of rows that were recorded and those that were replayed."""
-    recorded, replayed, step = [], [], rollout.Slots.step
-    now = []                    # the graph that is recording
+    replayed. Returns the numbers of rows of the steps that were recorded, replayed, and run as they are."""
+    recorded, replayed, launched, now, step = [], [], [], [], rollout.Slots.step
 
     class Graph:
+        def capture_begin(self, *pool, capture_error_mode):
+            assert pool == (("pool",) if recorded else ()), "graphs share their memory"
+            now.append(self)
+
+        def capture_end(self):
+            recorded.append(now.pop().noted[1])
+
         def replay(self):
             replayed.append(self.noted[1])
             step(*self.noted)
@@ -109,23 +116,14 @@ def gpu_paths(flash, monkeypatch):
         def pool(self):
             return "pool"
 
-    class Recording:
-        def __init__(self, graph, pool):
-            assert pool == ("pool" if recorded else None), "graphs share their memory"
-            now.append(graph)
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *_):
-            recorded.append(now.pop().noted[1])
-
     def step_or_note(pool, n):
         if now:
             now[0].noted = pool, n
         else:
+            launched.append(n)
             step(pool, n)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(rollout.Slots, "step", step_or_note)
-    return recorded, replayed
+    return recorded, replayed, launched

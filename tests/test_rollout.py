@@ -353,13 +353,13 @@ def test_compiled_decode_step_is_traced_a_few_times_and_writes_the_same_text(mon
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
-@pytest.mark.parametrize("look_every", [2, 7, 100])
-def test_text_does_not_depend_on_how_often_the_host_looks(monkeypatch, look_every):
+@pytest.mark.parametrize("look_every, stop_ids", [(2, STOPS), (7, STOPS), (100, ())])
+def test_text_does_not_depend_on_how_often_the_host_looks(monkeypatch, look_every, stop_ids):
     """Sequences that ended go along until the host looks; token, log-prob and entropy of the live ones stay.
     fails if: an ended sequence counts on, writes over its last token, or reads past the cache."""
-    wanted = write(small())
+    wanted = write(small(), stop_ids=stop_ids)
     monkeypatch.setattr(rollout_file, "LOOK_EVERY", (1, look_every))
-    found = write(small())
+    found = write(small(), stop_ids=stop_ids)
     assert same(found, wanted) and torch.equal(found.finished_B, wanted.finished_B)
     assert (found.logp_BT - wanted.logp_BT).abs().max() < 1e-5
 
@@ -380,12 +380,14 @@ def test_recorded_steps_write_the_same_text(slots, gpu_paths, monkeypatch):
     """Rows are rounded up to a power of two or all slots, and the rows to spare decode along.
     fails if: the step that is recorded is not replayed, a free slot counts on, or each number of rows is recorded."""
     monkeypatch.setattr(rollout_file, "LOOK_EVERY", (1, 3))
-    recorded, replayed = gpu_paths
+    (recorded, replayed, launched), asked, decode = gpu_paths, [], rollout_file.Slots.decode
+    monkeypatch.setattr(rollout_file.Slots, "decode", lambda pool: asked.append(1) or decode(pool))
     found = write(small(), slots=slots)
     monkeypatch.undo()
     wanted = write(small(), slots=slots)
     assert same(found, wanted) and (found.logp_BT - wanted.logp_BT).abs().max() < 1e-5
     assert len(set(recorded)) == len(recorded) and set(recorded) <= {1, 2, 4, 8, 16, 21, slots}
+    assert len(asked) == len(launched) + len(replayed) and len(set(launched)) == len(launched)
     assert len(replayed) > len(recorded) and set(replayed) == set(recorded)
 
 

@@ -29,7 +29,7 @@ import config  # noqa: E402
 import train  # noqa: E402
 import update  # noqa: E402
 from checkpoint import trainable  # noqa: E402
-from model import load_model  # noqa: E402
+from model import Transformer, load_model  # noqa: E402
 from rollout import from_responses, generate  # noqa: E402
 from teacher import score  # noqa: E402
 from tokenizer import Tokenizer, UserError  # noqa: E402
@@ -211,13 +211,18 @@ def test_one_step_equals_a_plain_reference_in_float64(setup):
 
 def test_a_step_on_the_paths_of_a_gpu_is_the_same_step(setup, gpu_paths, monkeypatch):
     """Recorded decode steps, sequences end to end in several micro-batches; float64. Measured: 2e-15.
-    fails if: scoring and update cut their micro-batches differently, or a packed row loses its place."""
+    fails if: scoring or update stands sequences side by side, or a packed row loses its place."""
+    passes, forward = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda model, tokens, cache=None, lengths=None: passes.append(
+        (cache, lengths)) or forward(model, tokens, cache, lengths))
+
     def one_step():
         cfg, run = setup(problems=4, samples=3, max_new_tokens=9, micro_batch_tokens=90, lr=0.1)
         cast(run, torch.float64)
         record = step_file.train_step(cfg, run, adamw(run), 0, {}, step_file.Clock())
         return run.student.packs, gradients_of(run), record
     packed, found, record = one_step()
+    assert {lengths is not None for cache, lengths in passes if cache is None} == {True}
     monkeypatch.undo()
     plain, wanted, other = one_step()
     assert packed and not plain and gpu_paths[1]
