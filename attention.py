@@ -77,7 +77,8 @@ class KVCache:
             return key_BTRH, value_BTRH
         rows_B1 = torch.arange(B, device=key_BTRH.device)[:, None]
         at_BT = self.length_B[:B, None] + torch.arange(T, device=key_BTRH.device)
-        keys[rows_B1, at_BT], values[rows_B1, at_BT] = key_BTRH, value_BTRH
+        # through the whole tensors: compiled, a write through a view of them would copy the cache
+        self.keys[layer][rows_B1, at_BT], self.values[layer][rows_B1, at_BT] = key_BTRH, value_BTRH
         return (keys, values) if whole else (keys[:, :self.longest + T], values[:, :self.longest + T])
 
     def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor) -> None:

@@ -75,8 +75,10 @@ def ours(args, folder: Path) -> dict:
     cfg = Config(chunk_rows=args.chunk_rows, micro_batch_tokens=1024)
     student = load_model(folder / "student", compute_dtype=dtype, device=device)
     teacher = load_model(folder / "teacher", dtype=dtype, device=device).requires_grad_(False)
+    for model in (student, teacher) if args.compile else ():
+        model.compile_layers()
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     prompts, chunk_rows, timer = prompts_of(args), auto_chunk(cfg, args.vocab, device), Timer(device)
     for step in range(args.steps + 1):
         timer.start()
@@ -162,7 +164,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps measured, after one that is not")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chunk_rows", type=int, default=0, help="as in train.py")
-    parser.add_argument("--compile", action="store_true", help="this project's decode step through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="this project's decode step and layers through torch.compile")
     parser.add_argument("--variants", nargs="*", default=VARIANTS[:3], choices=VARIANTS)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
