@@ -162,12 +162,12 @@ def teacher_reads(cfg, run: Setup, rollout: Rollout, asked: list[int], texts: li
 
 
 def read(cfg, run: Setup, models: list, rollout: Rollout, teacher_B: Tensor | None = None,
-         prompts: list[list[int]] | None = None, crossing: Crossing | None = None) -> Scores:
+         prompts: list[list[int]] | None = None, crossing: Crossing | None = None, tokens_too: bool = True) -> Scores:
     """score() with this run's settings."""
     if teacher_B is None:
         teacher_B = torch.zeros(len(rollout.length_B), dtype=torch.int64, device=run.student.device)
     return score(models, rollout, teacher_B, vocab_size=run.vocab_size, temperature=cfg.temperature, prompts=prompts,
-                 max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, crossing=crossing)
+                 max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, crossing=crossing, tokens_too=tokens_too)
 
 
 def cross(cfg, run: Setup, rollout: Rollout, on_policy: bool) -> Crossing | None:
@@ -202,7 +202,8 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
         if run.teachers:
             teacher_B = torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device)
             with run.student.lora_off() if run.adapters_off else nullcontext():
-                scores = read(cfg, run, run.teachers, rollout, teacher_B, prompts, crossing)
+                scores = read(cfg, run, run.teachers, rollout, teacher_B, prompts, crossing,
+                              tokens_too=credit_asks(cfg))
         if needs(cfg, "reference"):
             with nullcontext() if run.reference else run.student.lora_off():
                 reference_N = read(cfg, run, [run.reference or run.student], rollout).logp_N
@@ -216,11 +217,16 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
     return rollout, s, scores, usable_B, asked, on_policy
 
 
+def credit_asks(cfg) -> bool:
+    """Does the advantage or the weight look at what the teacher says of the tokens drawn?"""
+    advantage = cfg.advantage if cfg.divergence in losses.USES_ADVANTAGE else None
+    return bool({advantage, cfg.weight} & set(credit.NEEDS["teacher"]))
+
+
 def taught(cfg, crossing: Crossing) -> Tensor | int:
     """1 for rows that this run's loss can learn from across tokenizers: all, when it never asks the teacher."""
     if cfg.divergence in losses.USES_ADVANTAGE:
-        asks = {cfg.advantage, cfg.weight} & set(credit.NEEDS["teacher"])
-        return crossing.scored_N if asks else 1
+        return crossing.scored_N if credit_asks(cfg) else 1
     return 1 if cfg.divergence == "cross_entropy" else crossing.paired_N
 
 

@@ -47,8 +47,8 @@ class Part:
 class Scores:
     """What the teachers say about the N response tokens of a rollout, in Rollout.rows order. No gradient
     anywhere."""
-    logp_N: Tensor          # float32: log q(token) at the sampling temperature
-    entropy_N: Tensor       # float32, nats
+    logp_N: Tensor | None       # float32: log q(token) at the sampling temperature; None when nobody asked
+    entropy_N: Tensor | None    # float32, nats
     teacher_B: Tensor       # int64: which teacher read a sequence
     parts: list[Part]
     crossing: "Crossing | None" = None      # when some teacher has another tokenizer: which rows it could score
@@ -74,16 +74,18 @@ def distributions(hidden_nE: Tensor, head_VE: Tensor, temperature: float, chunk_
 @torch.no_grad()
 def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, vocab_size: int, temperature: float,
           max_tokens: int, chunk_rows: int, prompts: list[list[int]] | None = None,
-          crossing: "Crossing | None" = None) -> Scores:
+          crossing: "Crossing | None" = None, tokens_too: bool = True) -> Scores:
     """Every sequence b read by models[teacher_B[b]], `max_tokens` tokens at a time, heads `chunk_rows` rows
     at a time.
 
     prompts    what is read before each response, in the ids of its teacher; None = what the student read.
     crossing   knows which teachers have another tokenizer, and scores for them; None = none has.
+    tokens_too False: the hidden states are enough, no logp_N and entropy_N. A divergence projects them once more
+               anyway, and over 151,936 words a projection costs more than a small teacher's layers.
     vocab_size cuts padding rows off the heads: they stand for no token, and mass that leaks there would be
     lost to both sides (Qwen2.5: 151,936 rows for one size, 152,064 for another, 151,665 tokens).
     """
-    device = rollout.tokens_BT.device
+    device, tokens_too = rollout.tokens_BT.device, tokens_too or crossing is not None
     seen = rollout.with_prompts(prompts) if prompts else rollout
     token_N = rollout.rows(rollout.tokens_BT)
     sequence_N = rollout.sequence_N
@@ -104,10 +106,12 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
         place_N[rows] = torch.arange(len(rows), device=device)
         head_VE = model.head_weight()[:vocab_size].to(model.compute_dtype)
         hidden_nE = states(model, seen, sequence_b, place_N, max_tokens)
-        for at, logp_NV in distributions(hidden_nE, head_VE, temperature, chunk_rows):
+        for at, logp_NV in distributions(hidden_nE, head_VE, temperature, chunk_rows) if tokens_too else ():
             logp_N[rows[at]] = logp_NV.gather(1, token_N[rows[at], None]).squeeze(1)
             entropy_N[rows[at]] = -(logp_NV.exp() * logp_NV).sum(-1)
         parts.append(Part(sequence_b, place_N, hidden_nE, head_VE))
+    if not tokens_too:
+        return Scores(None, None, teacher_B, parts)
     logp_N, entropy_N = (parallel.joined(x_N, parallel.owned(sequence_N)) for x_N in (logp_N, entropy_N))
     return Scores(logp_N, entropy_N, teacher_B, parts, crossing)
 
@@ -125,7 +129,7 @@ def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_
                           for side in (mine, part))
             rows = Rows(p_NV, torch.zeros_like(at), q_NV, shared=part.shared)   # the token drawn plays no part
             for name, value in diagnostics(on_shared(rows) if part.shared else rows).items():
-                out.setdefault(name, torch.full_like(teacher.logp_N, torch.nan))[at] = value
+                out.setdefault(name, value.new_full((len(part.place_N),), torch.nan))[at] = value
     return parallel.joined(out, mine.place_N >= 0)
 
 

@@ -114,7 +114,7 @@ def main() -> None:
     def scoring():
         kept["scores"] = score([teacher], kept["rollout"], torch.zeros(args.batch, dtype=torch.int64, device=device),
                                vocab_size=vocab, temperature=1.0, max_tokens=cfg.micro_batch_tokens,
-                               chunk_rows=chunk_rows)
+                               chunk_rows=chunk_rows, tokens_too=False)
 
     def learning():
         s = signals(kept["rollout"], torch.arange(args.batch, device=device), None, kept["scores"])

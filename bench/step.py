@@ -90,7 +90,7 @@ def ours(args, folder: Path) -> dict:
         timer.phase("rollout")
         scores = score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device),
                        vocab_size=args.vocab, temperature=1.0, max_tokens=cfg.micro_batch_tokens,
-                       chunk_rows=chunk_rows)
+                       chunk_rows=chunk_rows, tokens_too=False)
         timer.phase("scores")
         s = signals(rollout, torch.arange(args.batch, device=device), None, scores)
         scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps measured, after one that is not")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chunk_rows", type=int, default=0, help="as in train.py")
-    parser.add_argument("--compile", action="store_true", help="this project's decode step and layers through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="this project through torch.compile")
     parser.add_argument("--variants", nargs="*", default=VARIANTS[:3], choices=VARIANTS)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

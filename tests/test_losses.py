@@ -798,3 +798,16 @@ def test_a_divergence_in_float32_is_never_visibly_negative(name):
             teacher_head_VE=teacher_VD)
         assert loss_N.isfinite().all() and (loss_N > -1e-6).all()
         assert teacher_VD is near_VD or (loss_N.abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("V", [17, 400, 4096, 5003, 151_936])
+@pytest.mark.parametrize("k", [1, 16])
+def test_the_largest_entries_are_found_block_by_block(V, k):
+    """Rows of every shape, the last block shorter: the largest entry at either end, ties, minus infinity.
+    fails if: entries past the last whole block are left out, or the order is not falling."""
+    x_NV = torch.randn(5, V, generator=torch.Generator().manual_seed(V)).double()
+    x_NV[0, -1], x_NV[1, 0], x_NV[2, V // 2:], x_NV[3] = 99.0, 99.0, -torch.inf, 0.0
+    id_NK = losses_file.top_ids(x_NV, k)
+    assert torch.equal(x_NV.gather(1, id_NK), x_NV.topk(k).values)
+    assert all(len(set(row)) == k for row in id_NK.tolist())
+    assert id_NK[0, 0] == V - 1 and id_NK[1, 0] == 0

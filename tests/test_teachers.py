@@ -26,7 +26,7 @@ from eval import Problem  # noqa: E402
 from losses import Rows, diagnostics  # noqa: E402
 from model import load_model  # noqa: E402
 from rollout import from_responses  # noqa: E402
-from step import (Clock, collect, look, teacher_reads, teacher_responses, teacher_sampling,  # noqa: E402
+from step import (Clock, collect, teacher_reads, teacher_responses, teacher_sampling,  # noqa: E402
                   train_step)
 from teacher import disagreement, score  # noqa: E402
 from tokenizer import UserError  # noqa: E402
@@ -65,6 +65,12 @@ def sizes(run):
 
 def adamw(cfg, run):
     return torch.optim.AdamW([p for _, p in trainable(run.student)], lr=cfg.lr)
+
+
+def look(cfg, *args):
+    """step.look under a loss that asks what the teacher says of each token drawn; else that is left to the update."""
+    asking = cfg if loop.credit_asks(cfg) else replace(cfg, divergence="policy_gradient", advantage="opd")
+    return loop.look(asking, *args)
 
 
 def predictions(model, prompt, response, temperature=1.0):

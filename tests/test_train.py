@@ -25,6 +25,7 @@ import prepare  # noqa: E402
 import report  # noqa: E402
 import rollout as rollout_file  # noqa: E402
 import step as step_file  # noqa: E402
+import teacher as teacher_file  # noqa: E402
 import config  # noqa: E402
 import train  # noqa: E402
 import update  # noqa: E402
@@ -228,6 +229,19 @@ def test_a_step_on_the_paths_of_a_gpu_is_the_same_step(setup, gpu_paths, monkeyp
     assert packed and not plain and gpu_paths[1]
     assert distance(found, wanted) < 1e-12
     assert record == pytest.approx(other, rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("flags, asks", [
+    ({"divergence": "jsd"}, False), ({"divergence": "reverse_kl", "weight": "fire"}, True),
+    ({"divergence": "policy_gradient"}, True),
+    ({"divergence": "policy_gradient", "advantage": "grpo"}, False)], ids=str)
+def test_teacher_head_is_left_to_the_update_unless_credit_asks(setup, monkeypatch, flags, asks):
+    """fails if: every step projects the teacher's states twice, or a rule misses its log-probs."""
+    seen, distributions = [], teacher_file.distributions
+    monkeypatch.setattr(teacher_file, "distributions", lambda *args: seen.append(1) or distributions(*args))
+    cfg, run = setup(**flags)
+    record = step_file.train_step(cfg, run, adamw(run), 0, {}, step_file.Clock())
+    assert bool(seen) == asks and math.isfinite(record["loss"]) and math.isfinite(record["teacher_entropy"])
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
