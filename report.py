@@ -12,6 +12,7 @@ import credit
 import losses
 import parallel
 from checkpoint import trainable
+from diagnostics import summarise
 from prepare import Setup, load_other
 from rollout import Rollout
 from step import Clock, collect, look, read
@@ -116,7 +117,7 @@ def report(cfg, run: Setup) -> int:
         title = "first teacher (as `teacher`) and --compare_teacher (as `student`)"
         tables[title] = disagreement(other, scores, **settings)
     for title, per_row in tables.items():
-        found = losses.summarise(per_row, s.position_N, s.length_B[s.sequence_N])
+        found = summarise(per_row, s.position_N, s.length_B[s.sequence_N])
         print(f"\n{title}, {len(s.student_N)} tokens of {len(asked)} responses\n"
               f"{'':26}{'all':>9}{'1st':>9}{'2nd':>9}{'3rd':>9}{'4th quarter':>13}")
         for name in per_row:

@@ -25,6 +25,7 @@ from across import Crossing
 from checkpoint import RunFolder, write_text
 from credit import ADVANTAGES, WEIGHTS
 from data import SHOWN_SOLUTION, degenerate, pick, pick_mixed, privileged_prompt
+from diagnostics import repeats, summarise
 from eval import grade
 from prepare import Setup, needs
 from rollout import Rollout, from_responses, generate
@@ -254,14 +255,14 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
                              cfg.offload_optimizer) | extra
         if run.average is not None:
             update_average(run.average, run.student, cfg.ema)
-    repeat_N = [x for b in range(len(asked)) for x in losses.repeats(rollout.response(b))]
+    repeat_N = [x for b in range(len(asked)) for x in repeats(rollout.response(b))]
     more = {"repetition_rate": torch.tensor(repeat_N, device=run.student.device), "weight": weight_N}
     if on_policy:
         more["sampled_entropy"] = s.student_entropy_N
     if advantage_N is not None:
         more["advantage"] = advantage_N
     return {**metrics, **(crossing.metrics() if crossing else {}),
-            **losses.summarise(more, s.position_N, s.length_B[s.sequence_N]),
+            **summarise(more, s.position_N, s.length_B[s.sequence_N]),
             "kept": (weight_N > 0).double().mean().item(),
             "reward": s.reward_B.mean().item() if s.reward_B is not None else float("nan"),
             "mean_length": s.length_B.double().mean().item(),

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 import parallel
-from losses import Rows, diagnostics, on_shared, upcast
+from diagnostics import diagnostics
+from losses import Rows, on_shared, upcast
 from model import Transformer
 from rollout import Rollout
 from tokenizer import Tokenizer, UserError
@@ -118,7 +119,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
 
 @torch.no_grad()
 def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_rows: int) -> dict[str, Tensor]:
-    """losses.diagnostics, (N,) each, between one model's scores and another's on the same tokens: for credit
+    """diagnostics.diagnostics, (N,) each, between one model's scores and another's on the same tokens: for credit
     rules and reports that have to see them before the update. `student` is scored by a single model. NaN on
     rows that no single token of a teacher with another tokenizer answers."""
     out: dict[str, Tensor] = {}

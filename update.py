@@ -15,7 +15,8 @@ from torch import Tensor
 import parallel
 from checkpoint import trainable
 from credit import Signals
-from losses import DIVERGENCES, TWO_VOCABULARIES, LossArgs, Rows, diagnostics, on_shared, summarise, upcast
+from diagnostics import diagnostics, summarise
+from losses import DIVERGENCES, TWO_VOCABULARIES, LossArgs, Rows, on_shared, upcast
 from model import Transformer
 from rollout import Rollout
 from teacher import Scores

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import diagnostics as diagnostics_file  # noqa: E402
 import losses as losses_file  # noqa: E402
 from credit import ADVANTAGES, WEIGHTS, CreditArgs, Signals  # noqa: E402
-from losses import DIVERGENCES, LossArgs, Rows, choose_support, diagnostics, repeats, summarise  # noqa: E402
+from diagnostics import diagnostics, repeats, summarise  # noqa: E402
+from losses import DIVERGENCES, LossArgs, Rows, choose_support  # noqa: E402
 from update import chunked_backward  # noqa: E402
 
 ROWS, VOCAB = 24, 12
@@ -640,7 +642,7 @@ def test_repeats_equals_brute_force(n):
 
 def test_docstring_examples():
     """fails if: repeats marks the first occurrence too"""
-    result = doctest.testmod(losses_file)
+    result = doctest.testmod(diagnostics_file)
     assert result.attempted and not result.failed
 
 

@@ -23,7 +23,8 @@ import train  # noqa: E402
 from checkpoint import trainable  # noqa: E402
 from data import SHOWN_SOLUTION, degenerate, near_duplicates, pick_mixed, privileged_prompt  # noqa: E402
 from eval import Problem  # noqa: E402
-from losses import Rows, diagnostics  # noqa: E402
+from diagnostics import diagnostics  # noqa: E402
+from losses import Rows  # noqa: E402
 from model import load_model  # noqa: E402
 from rollout import from_responses  # noqa: E402
 from step import (Clock, collect, teacher_reads, teacher_responses, teacher_sampling,  # noqa: E402
