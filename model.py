@@ -258,8 +258,8 @@ class Transformer(nn.Module):
             if cache.flash and T == 1:
                 packing = cache.packing(B)
             else:
-                hidden = torch.arange(cache.longest + T, device=device) > at_BT[:, None, :, None]
-                mask = torch.zeros(hidden.shape, dtype=self.compute_dtype, device=device).masked_fill(hidden, -math.inf)
+                later = torch.arange(cache.longest + T, device=device) > at_BT[:, None, :, None]
+                mask = torch.zeros(later.shape, dtype=self.compute_dtype, device=device).masked_fill(later, -math.inf)
         x = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         rope = self.rope(at_BT)
         for layer in (cache is None and self.compiled) or self.model.layers:

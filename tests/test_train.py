@@ -563,6 +563,25 @@ def test_memory_plan_equals_the_tensors_of_a_step(setup, monkeypatch, flags):
         name: sum(x.numel() * x.element_size() for x in held) for name, held in tensors.items()}
 
 
+@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True, "lora_rank": 2}, {"teacher": "self"}], ids=str)
+def test_a_compiled_run_learns_the_same(setup, monkeypatch, capsys, flags):
+    """Traced as for a real backend, run as plain torch.
+    fails if: the warm-up leaves a gradient or moves a weight, or some pass of a step is traced wrongly."""
+    compile, weights = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    torch._dynamo.reset()
+    for how in (None, True):
+        cfg, run = setup(compile=how, lr=0.1, **flags)
+        assert bool(run.student.compiled) == bool(how)
+        if how:
+            train.warm_up(cfg, run)
+            assert "compile took" in capsys.readouterr().out
+            assert not any(p.grad is not None and p.grad.any() for p in run.student.parameters())
+        step_file.train_step(cfg, run, adamw(run), 0, {}, step_file.Clock())
+        weights.append(torch.cat([p.detach().flatten() for p in run.student.parameters()]))
+    assert distance(*weights) < 1e-6
+
+
 def test_offloaded_moments_visit_and_train_the_same(setup):
     """fails if: a moment is left behind, the step count moves, or the weights come out differently."""
     weights = []
