@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import checkpoint_folder, load_model, set_threads
+from model import set_threads
+from weights import checkpoint_folder, load_model
 from rollout import generate
 from tokenizer import Tokenizer, UserError
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from memory import give_back_freed_memory
-from model import checkpoint_folder, load_model
+from weights import checkpoint_folder, load_model
 from rollout import generate
 
 

@@ -20,7 +20,8 @@ from common import QWEN3, interleaved, medians, peak_memory, qwen3, random_model
 import torch
 
 from memory import auto_chunk, give_back_freed_memory
-from model import ModelConfig, Transformer, checkpoint_folder, load_model
+from model import ModelConfig, Transformer
+from weights import checkpoint_folder, load_model
 from rollout import generate
 from teacher import score
 from config import Config

@@ -21,7 +21,7 @@ import torch
 
 from config import Config
 from memory import auto_chunk, give_back_freed_memory
-from model import load_model
+from weights import load_model
 from rollout import generate
 from teacher import score
 from update import backward, row_scale, signals, update

@@ -64,7 +64,7 @@ class Timer:
 
 def ours(args, folder: Path) -> dict:
     from memory import auto_chunk, give_back_freed_memory
-    from model import load_model
+    from weights import load_model
     from rollout import generate
     from teacher import score
     from config import Config

@@ -31,7 +31,8 @@ from compare import (TOY, accuracy_by, accuracy_key, arguments, columns, differe
                      records, run_all, summary, table)
 import train
 from eval import grade, load_problems
-from model import load_model, set_threads
+from model import set_threads
+from weights import load_model
 from prepare import load_other, set_up
 from rollout import generate
 from step import Clock, look, read

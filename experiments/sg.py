@@ -22,7 +22,7 @@ from pathlib import Path
 
 from compare import TOY, accuracy_by, columns, differences, mean_by, options, percent, run_all, summary, table
 from eval import evaluate, load_problems
-from model import load_model
+from weights import load_model
 from tokenizer import Tokenizer
 
 TEACHER = f"--teacher {TOY / 'teacher_unreliable'}"

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from compare import TOY, accuracy_key, cost_to_reach, number, options, percent, records, run_all, summary, table
-from model import Transformer, load_config
+from model import Transformer
+from weights import load_config
 from tokenizer import Tokenizer
 
 ACROSS = f"--teacher {TOY / 'teacher_bpe'}"

@@ -25,7 +25,7 @@ from across import AcrossArgs, Crossing  # noqa: E402
 from align import Bridge  # noqa: E402
 from chunk_credit import CREDIT  # noqa: E402
 from losses import DIVERGENCES, LossArgs, Rows, on_shared  # noqa: E402
-from model import load_model  # noqa: E402
+from weights import load_model  # noqa: E402
 from rollout import from_responses  # noqa: E402
 from teacher import score  # noqa: E402
 from tokenizer import Tokenizer as Text  # noqa: E402

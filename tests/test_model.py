@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attention import KVCache
-from model import ModelConfig, Transformer, checkpoint_folder, load_model
+from model import ModelConfig, Transformer
+from weights import checkpoint_folder, load_model
 from rollout import generate
 from tokenizer import UserError
 

@@ -25,7 +25,7 @@ from data import SHOWN_SOLUTION, degenerate, near_duplicates, pick_mixed, privil
 from eval import Problem  # noqa: E402
 from diagnostics import diagnostics  # noqa: E402
 from losses import Rows  # noqa: E402
-from model import load_model  # noqa: E402
+from weights import load_model  # noqa: E402
 from rollout import from_responses  # noqa: E402
 from step import (Clock, collect, teacher_reads, teacher_responses, teacher_sampling,  # noqa: E402
                   train_step)

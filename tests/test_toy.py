@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config  # noqa: E402
 import train  # noqa: E402
 from eval import evaluate, load_problems  # noqa: E402
-from model import load_model  # noqa: E402
+from weights import load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 TOY = config.TOY

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import make  # noqa: E402
 from eval import evaluate, grade, load_problems  # noqa: E402
-from model import load_model  # noqa: E402
+from weights import load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 TOY = ROOT / "toy"

@@ -30,7 +30,8 @@ import config  # noqa: E402
 import train  # noqa: E402
 import update  # noqa: E402
 from checkpoint import trainable  # noqa: E402
-from model import Transformer, load_model  # noqa: E402
+from model import Transformer  # noqa: E402
+from weights import load_model  # noqa: E402
 from rollout import from_responses, generate  # noqa: E402
 from teacher import score  # noqa: E402
 from tokenizer import Tokenizer, UserError  # noqa: E402

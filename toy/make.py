@@ -52,7 +52,8 @@ from torch.nn.utils.rnn import pad_sequence
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 from eval import evaluate, load_problems  # noqa: E402
-from model import ModelConfig, Transformer, load_model  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+from weights import load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 DIGITS = 5
