@@ -19,10 +19,12 @@ OTHER_DIVERGENCES = 7
 LIBRARIES = 96 * 2**20      # what tokenizers, torch, its kernels and its allocator take once they are in use
 
 
-def auto_chunk(cfg, vocab_size: int, device: torch.device) -> int:
-    """Rows whose float32 logits take 256 MB on a GPU; on a CPU 2 MB, which stay in cache, but at least 96 rows,
-    fewer of which would not pay for reading the head."""
-    return cfg.chunk_rows or (max(96, 2**19 // vocab_size) if device.type == "cpu" else max(16, 2**26 // vocab_size))
+def auto_chunk(cfg, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows whose float32 logits take 256 MB on a GPU; on a CPU 2 MB, which stay in cache, but at least 96 rows (192
+    where they take half the memory), fewer of which would not pay for reading the head. dtype: of the products."""
+    if device.type == "cpu":
+        return cfg.chunk_rows or max(384 // dtype.itemsize, 2**19 // vocab_size)
+    return cfg.chunk_rows or max(16, 2**26 // vocab_size)
 
 
 def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool) -> int:
@@ -136,11 +138,11 @@ def give_back_freed_memory() -> None:
     """Tell glibc to hand large freed blocks back to the system at once instead of keeping them in pieces:
     chunk after chunk of logits otherwise leaves a heap of 1.1 full logits tensors behind, with this 0.1
     (bench/loss.py). Large is above 4 MB: blocks that are paged in anew at every use cost more than the
-    arithmetic on them. Smaller ones stay in the heap, whose free end is handed back only beyond 256 MB, for the same
+    arithmetic on them. Smaller ones stay in the heap, whose free end is handed back only beyond 64 MB, for the same
     reason. Elsewhere: nothing."""
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 22)       # M_MMAP_THRESHOLD, which grows by itself unless it is set
-        libc.mallopt(-1, 1 << 28)       # M_TRIM_THRESHOLD
+        libc.mallopt(-1, 1 << 26)       # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass

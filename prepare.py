@@ -247,7 +247,7 @@ def set_up(cfg) -> tuple:
                                                              (cfg.lora_rank and cfg.self_teacher != "ema"))
     reference_folder = checkpoint_folder(cfg.reference) if cfg.reference else folder
     own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
-    chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device)
+    chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device, dtype)
     plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference),
                  max(map(len, shown or prompts)), tokenizer.vocab_size, chunk_rows, dtype,
                  rows_at_once(chunk_rows, tokenizer.vocab_size, device))

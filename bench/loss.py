@@ -87,7 +87,7 @@ def measure(variant: str, rows: int, vocab: int, width: int, divergence: str) ->
     states_ND, teacher_ND = (torch.randn(rows, width, generator=rng) for _ in range(2))
     head_VD, teacher_VD = (torch.randn(vocab, width, generator=rng) / width ** 0.5 for _ in range(2))
     args = argparse.Namespace(chunk_rows=0)
-    chunk_rows = auto_chunk(args, vocab, cpu)
+    chunk_rows = auto_chunk(args, vocab, cpu, torch.float32)
     function = globals()[variant]
     if variant == "chunked":        # as train.py does; it gave the others nothing
         give_back_freed_memory()

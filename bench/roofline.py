@@ -100,7 +100,7 @@ def main() -> None:
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
     vocab, cfg = min(student.config.vocab_size, teacher.config.vocab_size), Config(
         micro_batch_tokens=args.micro_batch_tokens)
-    chunk_rows = auto_chunk(cfg, vocab, device)
+    chunk_rows = auto_chunk(cfg, vocab, device, dtype)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     prompts = torch.randint(vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
     kept = {}

@@ -45,7 +45,7 @@ def phases(size: Size, folder: Path, device: torch.device, dtype: torch.dtype, r
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     cfg = Config(micro_batch_tokens=16_384)
-    sizes = dict(vocab_size=size.vocab, chunk_rows=auto_chunk(cfg, size.vocab, device))
+    sizes = dict(vocab_size=size.vocab, chunk_rows=auto_chunk(cfg, size.vocab, device, dtype))
     prompts = np.random.default_rng(0).integers(size.vocab, size=(size.prompts, 64)).tolist()
     sequences, kept = size.prompts * size.samples, {}
 

@@ -79,7 +79,7 @@ def ours(args, folder: Path) -> dict:
         model.compile_layers()
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    prompts, chunk_rows, timer = prompts_of(args), auto_chunk(cfg, args.vocab, device), Timer(device)
+    prompts, chunk_rows, timer = prompts_of(args), auto_chunk(cfg, args.vocab, device, dtype), Timer(device)
     for step in range(args.steps + 1):
         timer.start()
         if actor is not student:
