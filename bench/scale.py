@@ -55,7 +55,7 @@ def phases(size: Size, folder: Path, device: torch.device, dtype: torch.dtype, r
 
     def scoring() -> None:
         kept["scores"] = score([teacher], kept["rollout"], torch.zeros(sequences, dtype=torch.int64, device=device),
-                               temperature=1.0, max_tokens=cfg.micro_batch_tokens, **sizes)
+                               temperature=1.0, max_tokens=cfg.micro_batch_tokens, tokens_too=False, **sizes)
 
     def learning() -> None:
         s = signals(kept["rollout"], torch.arange(sequences, device=device), None, kept["scores"])
