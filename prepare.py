@@ -210,9 +210,20 @@ def check_vocabularies(folders: list, configs: list[ModelConfig], tokenizers: li
                             f"tokenizer.json end at {tokenizer.vocab_size - 1}; the two files do not belong together")
 
 
+def check_compiler(device: torch.device) -> None:
+    """UserError unless torch.compile works here: a line now instead of a page after the models are loaded."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise UserError(f"--compile does not work here ({str(error).splitlines()[0]}); install what is missing (on a "
+                        f"CPU a C++ compiler such as g++), or leave --compile out") from error
+
+
 def set_up(cfg) -> tuple:
     """(cfg with the sizes that were left to memory.fit, everything the loop works with)."""
     device = choose_device(cfg.device)
+    if cfg.compile:
+        check_compiler(device)
     dtype = compute_dtype(cfg, device)
     variables, teacher_variables = (dict(template_variable(pair) for pair in text.split(",") if pair)
                                     for text in (cfg.template_vars, cfg.teacher_template_vars or cfg.template_vars))

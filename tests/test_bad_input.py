@@ -3,7 +3,9 @@
 Each case takes the tiny pair of conftest.py, breaks one thing, and reads what train.py or eval.py says.
 """
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -310,6 +312,16 @@ def test_a_damaged_run_folder_is_one_sentence(command, tmp_path, monkeypatch, ca
     assert train.main(command(save_every=1)) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and [word for word in words if word not in error] == []
+
+
+def test_compile_without_a_compiler(command, tmp_path):
+    """In a process of its own, as torch remembers the compiler that it found.
+    fails if: --compile is first tried once the run folder is there."""
+    nothing = {"CXX": str(tmp_path / "c++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, train.__file__, *command(compile=True)], capture_output=True, text=True,
+                          env={**os.environ, **nothing})
+    assert done.returncode == 2 and "--compile does not work here" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "C++ compiler" in done.stderr and not (tmp_path / "runs").exists()
 
 
 # eval.py on its own
