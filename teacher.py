@@ -65,11 +65,16 @@ def states(model: Transformer, rollout: Rollout, sequence_b: Tensor, place_N: Te
     return hidden_nE
 
 
+def log_probs(hidden_nE: Tensor, head_VE: Tensor, temperature: float) -> Tensor:
+    """(n, V), float32 at least."""
+    return (upcast(hidden_nE @ head_VE.T) / temperature).log_softmax(-1)
+
+
 def distributions(hidden_nE: Tensor, head_VE: Tensor, temperature: float, chunk_rows: int):
     """Yield (slice of rows, their log-probs over the vocabulary), chunk_rows rows at a time."""
     for start in range(0, len(hidden_nE), chunk_rows):
         at = slice(start, min(start + chunk_rows, len(hidden_nE)))
-        yield at, (upcast(hidden_nE[at] @ head_VE.T) / temperature).log_softmax(-1)
+        yield at, log_probs(hidden_nE[at], head_VE, temperature)
 
 
 @torch.no_grad()
@@ -86,7 +91,8 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
     vocab_size cuts padding rows off the heads: they stand for no token, and mass that leaks there would be
     lost to both sides (Qwen2.5: 151,936 rows for one size, 152,064 for another, 151,665 tokens).
     """
-    device, tokens_too = rollout.tokens_BT.device, tokens_too or crossing is not None
+    device = rollout.tokens_BT.device
+    tokens_too = tokens_too or crossing is not None
     seen = rollout.with_prompts(prompts) if prompts else rollout
     token_N = rollout.rows(rollout.tokens_BT)
     sequence_N = rollout.sequence_N
@@ -126,7 +132,7 @@ def disagreement(student: Scores, teacher: Scores, *, temperature: float, chunk_
     (mine,) = student.parts
     for part in teacher.parts:
         for at in ((part.place_N >= 0) & (mine.place_N >= 0)).nonzero().squeeze(1).split(chunk_rows):
-            p_NV, q_NV = ((upcast(side.hidden_nE[side.place_N[at]] @ side.head_VE.T) / temperature).log_softmax(-1)
+            p_NV, q_NV = (log_probs(side.hidden_nE[side.place_N[at]], side.head_VE, temperature)
                           for side in (mine, part))
             rows = Rows(p_NV, torch.zeros_like(at), q_NV, shared=part.shared)   # the token drawn plays no part
             for name, value in diagnostics(on_shared(rows) if part.shared else rows).items():

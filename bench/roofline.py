@@ -19,13 +19,11 @@ from common import QWEN3, interleaved, medians, peak_memory, qwen3, random_model
 
 import torch
 
-from memory import auto_chunk, give_back_freed_memory
+from memory import give_back_freed_memory
 from model import ModelConfig, Transformer
 from weights import checkpoint_folder, load_model
-from rollout import generate
-from teacher import score
+from phases import Phases
 from config import Config
-from update import backward, row_scale, signals, update
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -71,7 +69,7 @@ def load(name: str | None, default: tuple, args, dtype: torch.dtype, compute_dty
     return random_model(qwen3(vocab, *(QWEN3[name] if name else default)), dtype, compute_dtype, device)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--student", help=f"folder, hub id, or one of {', '.join(QWEN3)} with random weights; "
                                           f"default: random, width 256, 6 layers")
@@ -88,50 +86,30 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the decode step and the layers through torch.compile")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--decode_only", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(args.threads)
     give_back_freed_memory()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     student = load(args.student, (256, 768, 6, 8, 4, 32), args, torch.float32, dtype)
     teacher = load(args.teacher, (512, 1536, 8, 8, 4, 64), args, dtype, dtype).requires_grad_(False)
     student.gradient_checkpointing = args.gradient_checkpointing
-    for model in (student, teacher) if args.compile else ():
-        model.compile_layers()
-    actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    vocab, cfg = min(student.config.vocab_size, teacher.config.vocab_size), Config(
-        micro_batch_tokens=args.micro_batch_tokens)
-    chunk_rows = auto_chunk(cfg, vocab, device, dtype)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+    vocab = min(student.config.vocab_size, teacher.config.vocab_size)
+    one = Phases(student, teacher, Config(micro_batch_tokens=args.micro_batch_tokens), vocab, args.compile)
     prompts = torch.randint(vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
-    kept = {}
 
-    def write(new: int):
-        return generate(actor, prompts, max_new_tokens=new, stop_ids=(), slots=args.batch, vocab_size=vocab,
-                        compile=args.compile)
+    def rollout() -> None:
+        one.rollout(prompts, args.new)
 
-    def rollout():
-        kept["rollout"] = write(args.new)
-
-    def scoring():
-        kept["scores"] = score([teacher], kept["rollout"], torch.zeros(args.batch, dtype=torch.int64, device=device),
-                               vocab_size=vocab, temperature=1.0, max_tokens=cfg.micro_batch_tokens,
-                               chunk_rows=chunk_rows, tokens_too=False)
-
-    def learning():
-        s = signals(kept["rollout"], torch.arange(args.batch, device=device), None, kept["scores"])
-        scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
-        kept["update"] = s, scale_N, backward(student, kept["rollout"], s, kept["scores"], scale_N, None, cfg,
-                                              vocab_size=vocab, chunk_rows=chunk_rows)
-
-    def step():
-        if actor is not student:
-            actor.refresh(student)
-        rollout(), scoring(), learning()
-        update(student, optimizer, *kept["update"], 1.0)
-
-    phases = {"prefill": lambda: write(1), "rollout": rollout}
+    def step() -> None:
+        for phase in (one.refresh, rollout, one.scoring, one.backward, one.update):
+            phase()
+    phases = {"prefill": lambda: one.rollout(prompts, 1), "rollout": rollout}
     if not args.decode_only:
-        phases |= {"scoring": scoring, "update": learning, "step": step}
+        phases |= {"scoring": one.scoring, "update": one.backward, "step": step}
     before = reset_peak(device)
     seconds = medians(interleaved(phases, args.rounds, device))
     peak = peak_memory(device)

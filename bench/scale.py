@@ -20,11 +20,9 @@ import numpy as np
 import torch
 
 from config import Config
-from memory import auto_chunk, give_back_freed_memory
+from memory import give_back_freed_memory
+from phases import Phases
 from weights import load_model
-from rollout import generate
-from teacher import score
-from update import backward, row_scale, signals, update
 
 
 @dataclass(frozen=True)
@@ -42,27 +40,14 @@ def phases(size: Size, folder: Path, device: torch.device, dtype: torch.dtype, r
         random_checkpoint(folder / name, size.vocab, width, layers, width // 32, width // 64)
     student = load_model(folder / "student", compute_dtype=dtype, device=device)
     teacher = load_model(folder / "teacher", dtype=dtype, device=device).requires_grad_(False)
-    actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
-    cfg = Config(micro_batch_tokens=16_384)
-    sizes = dict(vocab_size=size.vocab, chunk_rows=auto_chunk(cfg, size.vocab, device, dtype))
+    step = Phases(student, teacher, Config(micro_batch_tokens=16_384), size.vocab)
     prompts = np.random.default_rng(0).integers(size.vocab, size=(size.prompts, 64)).tolist()
-    sequences, kept = size.prompts * size.samples, {}
-
-    def rollout() -> None:
-        kept["rollout"] = generate(actor, prompts, samples=size.samples, max_new_tokens=size.new, stop_ids=(),
-                                   slots=sequences)
-
-    def scoring() -> None:
-        kept["scores"] = score([teacher], kept["rollout"], torch.zeros(sequences, dtype=torch.int64, device=device),
-                               temperature=1.0, max_tokens=cfg.micro_batch_tokens, tokens_too=False, **sizes)
 
     def learning() -> None:
-        s = signals(kept["rollout"], torch.arange(sequences, device=device), None, kept["scores"])
-        scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
-        per_row = backward(student, kept["rollout"], s, kept["scores"], scale_N, None, cfg, **sizes)
-        update(student, optimizer, s, scale_N, per_row, 1.0)
-    return medians(interleaved({"rollout": rollout, "scoring": scoring, "update": learning}, rounds, device))
+        step.backward()
+        step.update()
+    return medians(interleaved({"rollout": lambda: step.rollout(prompts, size.new, size.samples),
+                                "scoring": step.scoring, "update": learning}, rounds, device))
 
 
 def main() -> None:

@@ -63,41 +63,28 @@ class Timer:
 
 
 def ours(args, folder: Path) -> dict:
-    from memory import auto_chunk, give_back_freed_memory
-    from weights import load_model
-    from rollout import generate
-    from teacher import score
     from config import Config
-    from update import backward, row_scale, signals, update
+    from memory import give_back_freed_memory
+    from phases import Phases
+    from weights import load_model
     give_back_freed_memory()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    # a third of the batch at a time: as fast, and a third of the activations
-    cfg = Config(chunk_rows=args.chunk_rows, micro_batch_tokens=1024)
     student = load_model(folder / "student", compute_dtype=dtype, device=device)
     teacher = load_model(folder / "teacher", dtype=dtype, device=device).requires_grad_(False)
-    for model in (student, teacher) if args.compile else ():
-        model.compile_layers()
-    actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    prompts, chunk_rows, timer = prompts_of(args), auto_chunk(cfg, args.vocab, device, dtype), Timer(device)
+    # a third of the batch at a time: as fast, and a third of the activations
+    cfg = Config(chunk_rows=args.chunk_rows, micro_batch_tokens=1024)
+    one = Phases(student, teacher, cfg, args.vocab, args.compile)
+    prompts, timer = prompts_of(args), Timer(device)
     for step in range(args.steps + 1):
         timer.start()
-        if actor is not student:
-            actor.refresh(student)
-        mine = prompts[step * args.batch:(step + 1) * args.batch]
-        rollout = generate(actor, mine, max_new_tokens=NEW, stop_ids=(), slots=args.batch, seed=step,
-                           compile=args.compile)
+        one.refresh()
+        one.rollout(prompts[step * args.batch:(step + 1) * args.batch], NEW, seed=step)
         timer.phase("rollout")
-        scores = score([teacher], rollout, torch.zeros(args.batch, dtype=torch.int64, device=device),
-                       vocab_size=args.vocab, temperature=1.0, max_tokens=cfg.micro_batch_tokens,
-                       chunk_rows=chunk_rows, tokens_too=False)
+        one.scoring()
         timer.phase("scores")
-        s = signals(rollout, torch.arange(args.batch, device=device), None, scores)
-        scale_N = row_scale(s, torch.ones_like(s.student_N), "token")
-        per_row = backward(student, rollout, s, scores, scale_N, None, cfg, vocab_size=args.vocab,
-                           chunk_rows=chunk_rows)
+        one.backward()
         timer.phase("backward")
-        update(student, optimizer, s, scale_N, per_row, 1.0)
+        one.update()
         timer.phase("optimizer")
         timer.stop()
     return timer.result()
