@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from model import set_threads
-from weights import checkpoint_folder, load_model
 from rollout import generate
 from tokenizer import Tokenizer, UserError
+from weights import checkpoint_folder, load_model
 
 PROMPT_FIELDS = ("prompt", "messages", "problem", "question")
 ANSWER_FIELDS = ("answer", "solution", "label", "ground_truth")

@@ -17,10 +17,10 @@ from eval import Problem, load_problems, template_variable
 from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
 from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, set_threads
-from weights import checkpoint_folder, load_config, load_model
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
 from update import rows_at_once
+from weights import checkpoint_folder, load_config, load_model
 
 
 def needs(cfg, what: str) -> bool:

@@ -18,20 +18,23 @@ QWEN3 = {"qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, True), "qwen3-1.7b": (2048, 
          "qwen3-4b": (2560, 9728, 36, 32, 8, 128, True), "qwen3-8b": (4096, 12288, 36, 32, 8, 128, False)}
 
 
-def qwen3(vocab: int, width: int, mlp_width: int, layers: int, heads: int, kv_heads: int, head_dim: int,
-          tied: bool = True) -> dict:
-    """Its config.json."""
+def qwen3(vocab: int, width: int = 256, mlp_width: int = 0, layers: int = 6, heads: int = 8, kv_heads: int = 4,
+          head_dim: int = 32, tied: bool = True) -> dict:
+    """The config.json of such a model; by default of the small student of these benchmarks. mlp_width 0: 3 * width."""
     return dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=vocab, hidden_size=width,
-                intermediate_size=mlp_width, num_hidden_layers=layers, num_attention_heads=heads,
+                intermediate_size=mlp_width or 3 * width, num_hidden_layers=layers, num_attention_heads=heads,
                 num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=40_960, rms_norm_eps=1e-6,
                 rope_theta=1e6, tie_word_embeddings=tied, hidden_act="silu", attention_bias=False,
                 bos_token_id=None, eos_token_id=None)
 
 
-def random_checkpoint(folder: Path, vocab: int, width: int = 256, layers: int = 6, heads: int = 8, kv_heads: int = 4,
-                      head_dim: int = 32, seed: int = 0, raw: dict | None = None) -> Path:
-    """A Qwen3 with fresh weights on disk, for every implementation to load."""
-    raw = raw or qwen3(vocab, width, 3 * width, layers, heads, kv_heads, head_dim)
+def shape(name: str | None, vocab: int | None, **default) -> dict:
+    """The config.json of a name in QWEN3, or of qwen3(**default) without one."""
+    return qwen3(vocab or 151_936, *QWEN3[name]) if name else qwen3(vocab or 4096, **default)
+
+
+def random_checkpoint(folder: Path, raw: dict, seed: int = 0) -> Path:
+    """A model with fresh weights on disk, for every implementation to load. raw: its config.json."""
     Transformer(ModelConfig.from_dict(raw)).init_weights(seed).save(folder)
     return folder
 

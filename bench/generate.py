@@ -18,14 +18,14 @@ import os
 import tempfile
 from pathlib import Path
 
-from common import QWEN3, interleaved, medians, qwen3, random_checkpoint  # isort: skip
+from common import QWEN3, interleaved, medians, random_checkpoint, shape  # isort: skip
 
 import numpy as np
 import torch
 
 from memory import give_back_freed_memory
-from weights import checkpoint_folder, load_model
 from rollout import generate
+from weights import checkpoint_folder, load_model
 
 
 def workload(args, vocab: int) -> tuple[list[list[int]], list[int]]:
@@ -105,8 +105,7 @@ def main() -> None:
         if args.model and args.model not in QWEN3:
             folder = checkpoint_folder(args.model)
         else:
-            raw = qwen3(args.vocab or 151_936, *QWEN3[args.model]) if args.model else None
-            folder = random_checkpoint(Path(scratch) / "model", args.vocab or 4096, raw=raw)
+            folder = random_checkpoint(Path(scratch) / "model", shape(args.model, args.vocab))
         model = load_model(folder, dtype=dtype, device=device)
         prompts, lengths = workload(args, model.config.vocab_size)
         work = prompts, lengths, args.batch

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import random_checkpoint  # isort: skip
+from common import qwen3, random_checkpoint  # isort: skip
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -32,7 +32,7 @@ SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 
 def checkpoint(folder: Path, vocab: int, **size) -> Path:
     """A random model with a byte tokenizer of `vocab` tokens, most of which no text ever needs."""
-    random_checkpoint(folder, vocab, **size)
+    random_checkpoint(folder, qwen3(vocab, **size))
     words = sorted(pre_tokenizers.ByteLevel.alphabet()) + [f"word{i}" for i in range(vocab - 256 - len(SPECIAL))]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -15,15 +15,15 @@ processor time. Ends with one JSON line.
 import argparse
 import json
 
-from common import QWEN3, interleaved, medians, peak_memory, qwen3, random_model, reset_peak  # isort: skip
+from common import QWEN3, interleaved, medians, peak_memory, random_model, reset_peak, shape  # isort: skip
 
 import torch
 
+from config import Config
 from memory import give_back_freed_memory
 from model import ModelConfig, Transformer
-from weights import checkpoint_folder, load_model
 from phases import Phases
-from config import Config
+from weights import checkpoint_folder, load_model
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -60,13 +60,12 @@ def floors(args, student: ModelConfig, teacher: ModelConfig, item: int, bandwidt
             "update": (passes * layers * tokens + (6 * head + 2 * teacher_head) * rows) / rate}
 
 
-def load(name: str | None, default: tuple, args, dtype: torch.dtype, compute_dtype: torch.dtype) -> Transformer:
+def load(name: str | None, args, dtype: torch.dtype, compute_dtype: torch.dtype, **default) -> Transformer:
     """A checkpoint folder or hub id; or random weights in a shape of common.QWEN3, or in the default's."""
     device = torch.device(args.device)
     if name and name not in QWEN3:
         return load_model(checkpoint_folder(name), dtype=dtype, compute_dtype=compute_dtype, device=device)
-    vocab = args.vocab or (151_936 if name else 4096)
-    return random_model(qwen3(vocab, *(QWEN3[name] if name else default)), dtype, compute_dtype, device)
+    return random_model(shape(name, args.vocab, **default), dtype, compute_dtype, device)
 
 
 def arguments() -> argparse.Namespace:
@@ -94,8 +93,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     give_back_freed_memory()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    student = load(args.student, (256, 768, 6, 8, 4, 32), args, torch.float32, dtype)
-    teacher = load(args.teacher, (512, 1536, 8, 8, 4, 64), args, dtype, dtype).requires_grad_(False)
+    student = load(args.student, args, torch.float32, dtype)
+    teacher = load(args.teacher, args, dtype, dtype, width=512, layers=8, head_dim=64).requires_grad_(False)
     student.gradient_checkpointing = args.gradient_checkpointing
     vocab = min(student.config.vocab_size, teacher.config.vocab_size)
     one = Phases(student, teacher, Config(micro_batch_tokens=args.micro_batch_tokens), vocab, args.compile)

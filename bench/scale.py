@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import interleaved, medians, random_checkpoint  # isort: skip
+from common import interleaved, medians, qwen3, random_checkpoint  # isort: skip
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ class Size:
 def phases(size: Size, folder: Path, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     """Median seconds of rollout, scoring and update."""
     for name, width, layers in (("student", 256, 6), ("teacher", size.teacher_width, 8)):
-        random_checkpoint(folder / name, size.vocab, width, layers, width // 32, width // 64)
+        random_checkpoint(folder / name, qwen3(size.vocab, width, layers=layers, heads=width // 32,
+                                               kv_heads=width // 64))
     student = load_model(folder / "student", compute_dtype=dtype, device=device)
     teacher = load_model(folder / "teacher", dtype=dtype, device=device).requires_grad_(False)
     step = Phases(student, teacher, Config(micro_batch_tokens=16_384), size.vocab)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import peak_memory, random_checkpoint, reset_peak, wait  # isort: skip
+from common import peak_memory, qwen3, random_checkpoint, reset_peak, wait  # isort: skip
 
 import numpy as np
 import torch
@@ -163,8 +163,8 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        random_checkpoint(folder / "student", args.vocab)
-        random_checkpoint(folder / "teacher", args.vocab, width=512, layers=8, head_dim=64, seed=1)
+        random_checkpoint(folder / "student", qwen3(args.vocab))
+        random_checkpoint(folder / "teacher", qwen3(args.vocab, 512, layers=8, head_dim=64), seed=1)
         for variant in args.variants:
             run = subprocess.run([sys.executable, *sys.argv, "--variant", variant, "--folder", scratch],
                                  capture_output=True, text=True)

@@ -32,12 +32,12 @@ from compare import (TOY, accuracy_by, accuracy_key, arguments, columns, differe
 import train
 from eval import grade, load_problems
 from model import set_threads
-from weights import load_model
 from prepare import load_other, set_up
 from rollout import generate
 from step import Clock, look, read
 from teacher import disagreement
 from tokenizer import Tokenizer
+from weights import load_model
 
 STEPS = 40
 LONG = 80           # another notation takes longer to learn than a habit, and a higher rate
