@@ -18,6 +18,7 @@ def diagnostics(r: Rows) -> dict[str, Tensor]:
     p, q = r.student_NV.detach(), r.teacher_NV
     exp_p, exp_q, gap = p.exp(), q.exp(), p - q
     entropy_p, entropy_q = -torch.linalg.vecdot(exp_p, p), -torch.linalg.vecdot(exp_q, q)
+    reverse_kl, forward_kl = torch.linalg.vecdot(exp_p.to(gap.dtype), gap), -torch.linalg.vecdot(exp_q.to(gap.dtype), gap)
     k = min(DIAGNOSTIC_K, p.shape[1])
     student_id_NK, teacher_id_NK = top_ids(p, k), top_ids(q, k)
     student_NK, top_teacher_NK = p.gather(1, student_id_NK), q.gather(1, teacher_id_NK)
@@ -29,8 +30,8 @@ def diagnostics(r: Rows) -> dict[str, Tensor]:
     training_NK = student_NK.log_softmax(-1).exp() * (teacher_NK - student_NK)
     shared_kl = kl_on_support(renormalised(student_NK, keep_NK), renormalised(teacher_NK, keep_NK), keep_NK)
     return {
-        "reverse_kl": torch.linalg.vecdot(exp_p.to(gap.dtype), gap),
-        "forward_kl": -torch.linalg.vecdot(exp_q.to(gap.dtype), gap),
+        "reverse_kl": reverse_kl,
+        "forward_kl": forward_kl,
         "overlap_ratio": size / k,
         "overlap_mass_student": torch.where(keep_NK, student_NK.exp(), 0.0).sum(-1),
         "overlap_mass_teacher": torch.where(keep_NK, teacher_NK.exp(), 0.0).sum(-1),

@@ -156,6 +156,7 @@ class Support(NamedTuple):
     id_NK: Tensor
 
 
+@torch.compiler.disable         # a few indices are not worth fusing, and slower when they are
 def top_ids(x_NV: Tensor, k: int) -> Tensor:
     """(N, k): where the k largest entries of each row are, the largest first. They lie in the k blocks with the largest
     maxima, and only those are searched: torch.topk over a whole row of 151,936 takes a CPU ten times as long."""
