@@ -108,8 +108,9 @@ def attend(q_BTQH: Tensor, k_BSRH: Tensor, v_BSRH: Tensor, mask: Tensor | None, 
         out = torch.cat([attend(*part, None, None) for part in parts], 1)
     else:
         q, k, v = q_BTQH.transpose(1, 2), k_BSRH.transpose(1, 2), v_BSRH.transpose(1, 2)
-        if T == 1 and mask is not None:
-            # the query heads that share a key stand as rows: a mask with enable_gqa has no fused CUDA kernel
+        if T == 1 and mask is not None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+            # the query heads that share a key stand as rows: a mask with enable_gqa has no fused CUDA kernel, and in
+            # float32 a slower one on a CPU; in bfloat16 a faster one
             out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, H), k, v, attn_mask=mask)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

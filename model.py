@@ -128,7 +128,14 @@ class Linear(nn.Module):
         self.lora_scale = 0.0           # alpha / rank; 0 = switched off
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if x.device.type == "cpu" and torch.compiler.is_compiling() and x.shape[1] == 1:
+            # a decode step: a CPU packs the right factor of every product anew, so better not the weight (a tenth of
+            # a step of 8 to 32 rows; eagerly, what turning costs eats that up)
+            y = (weight @ x[:, 0].T).T[:, None]
+            y = y if bias is None else y + bias
+        else:
+            y = F.linear(x, weight, bias)
         if self.lora_scale:
             y = y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.lora_scale
         return y
@@ -258,7 +265,7 @@ class Transformer(nn.Module):
             else:
                 later = torch.arange(cache.longest + T, device=device) > at_BT[:, None, :, None]
                 mask = torch.zeros(later.shape, dtype=self.compute_dtype, device=device).masked_fill(later, -math.inf)
-        x = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        x = self.embed(tokens_BT).to(self.compute_dtype)
         rope = self.rope(at_BT)
         for layer in (cache is None and self.compiled) or self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -266,6 +273,12 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, rope, cache, mask, packing)
         return self.model.norm(x)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Where there is a gradient to add to, its rows of these tokens alone are touched: a dense gradient, zero almost
+        everywhere, would cost three passes over (V, D) per micro-batch."""
+        table = self.model.embed_tokens
+        return F.embedding(tokens_BT, table.weight, sparse=torch.is_grad_enabled() and table.weight.grad is not None)
 
     def rope(self, at_BT: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, (B, T, 1, H), as rotate() wants them."""

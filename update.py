@@ -9,6 +9,8 @@ Axes: N rows of the step, n of a micro-batch (N again inside chunked_backward), 
 vocabulary, D student width, E teacher width. Not here: what a row's loss is (losses.py), what it counts
 (credit.py).
 """
+import functools
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,9 @@ def few_rows(logits_NV: Tensor, teacher_NV: Tensor | None, batch: dict, scale_N:
         return total, loss_N.detach(), diagnostics(rows if shared is None else on_shared(rows))
 
 
-compiled_few_rows = torch.compile(few_rows, dynamic=True)       # at its first call
+@functools.cache
+def compiled_few_rows():
+    return torch.compile(few_rows, dynamic=True)
 
 
 def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | None, batch: dict, scale_N: Tensor,
@@ -108,7 +112,7 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
     if teacher_hidden_NE is not None:
         teacher_hidden_NE = teacher_hidden_NE / temperature
         teacher_CV = teacher_head_VE.new_empty(min(chunk_rows, N), len(teacher_head_VE))
-    losses_of = compiled_few_rows if compile else few_rows
+    losses_of = compiled_few_rows() if compile else few_rows
     few = rows_at_once(chunk_rows, len(head_VD), states_ND.device)
     with torch.no_grad():
         for start in range(0, N, chunk_rows):
@@ -165,7 +169,10 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
     """
     scale_N, advantage_N = parallel.same(scale_N), parallel.same(advantage_N)
     for _, parameter in trainable(student):     # zeros, not None: the head's gradient is added by hand
-        parameter.grad = parameter.grad if add else torch.zeros_like(parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif not add:
+            parameter.grad.zero_()
     head = parallel.take_head(student)
     head_grad_VD = head.grad[:vocab_size] if head.requires_grad else None
     head_VD = head.detach()[:vocab_size].to(student.compute_dtype)
