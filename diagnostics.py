@@ -11,8 +11,8 @@ from losses import Rows, kl_on_support, renormalised, top_ids
 DIAGNOSTIC_K = 16       # the k of Rethinking OPD's metrics (arXiv:2604.13016, section 2.3)
 
 
-def diagnostics(r: Rows) -> dict[str, Tensor]:
-    """Per row, no gradient.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens
+def diagnostics(r: Rows, top_ids_NK: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+    """Per row, no gradient. top_ids_NK: both sides' top_ids, when they are known.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens
     in both top-16 sets. NaN where a quantity is undefined (no shared token); means skip those rows. Names
     that end in _code: as thunlp/OPD logs them, which is not as the paper defines them."""
     p, q = r.student_NV.detach(), r.teacher_NV
@@ -20,7 +20,7 @@ def diagnostics(r: Rows) -> dict[str, Tensor]:
     entropy_p, entropy_q = -torch.linalg.vecdot(exp_p, p), -torch.linalg.vecdot(exp_q, q)
     reverse_kl, forward_kl = torch.linalg.vecdot(exp_p.to(gap.dtype), gap), -torch.linalg.vecdot(exp_q.to(gap.dtype), gap)
     k = min(DIAGNOSTIC_K, p.shape[1])
-    student_id_NK, teacher_id_NK = top_ids(p, k), top_ids(q, k)
+    student_id_NK, teacher_id_NK = top_ids_NK or (top_ids(p, k), top_ids(q, k))
     student_NK, top_teacher_NK = p.gather(1, student_id_NK), q.gather(1, teacher_id_NK)
     teacher_NK = q.gather(1, student_id_NK)         # q on the student's top k; its own top k is top_teacher_NK
     keep_NK = (student_id_NK[:, :, None] == teacher_id_NK[:, None, :]).any(2)

@@ -16,7 +16,10 @@ from model import ModelConfig, Transformer
 # float32 tensors over the vocabulary that are alive at once while a few rows run their loss
 CHUNK_TENSORS = {"cross_entropy": 4, "skewed_forward_kl": 10, "uld": 11, "skewed_reverse_kl": 13, "jsd": 14, "gold": 14}
 OTHER_DIVERGENCES = 7
-LIBRARIES = 96 * 2**20      # what tokenizers, torch, its kernels and its allocator take once they are in use
+LIBRARIES = 96 * 2**20      # what tokenizers, torch and its kernels take once they are in use
+CACHED_LOGITS = 2**20       # entries of the few rows whose loss a CPU computes at a time: 4 MB
+MAPPED = 2**22              # bytes from which the C library gives a freed block back to the system at once
+FREE_HEAP = 2**26           # what it keeps of smaller ones
 
 
 def auto_chunk(cfg, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -27,27 +30,35 @@ def auto_chunk(cfg, vocab_size: int, device: torch.device, dtype: torch.dtype) -
     return cfg.chunk_rows or max(16, 2**26 // vocab_size)
 
 
-def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool) -> int:
-    """Bytes that the forward pass of `tokens` tokens leaves for the backward pass. item: bytes of a product's dtype.
+def rows_at_once(chunk_rows: int, vocab_size: int, device: torch.device) -> int:
+    """How many rows run their loss together: a GPU wants many, a CPU what its cache holds."""
+    return chunk_rows if device.type == "cuda" else max(1, min(chunk_rows, CACHED_LOGITS // vocab_size))
 
-    Per norm its input in float32, the normed value and its output; per projection its input (and, where the
-    masters are of another dtype, the cast weight); the turned q, k and v; attention's output twice, before and
-    after its heads are put side by side; four tensors of the MLP."""
+
+def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool, rank: int = 0) -> int:
+    """Bytes that the forward pass of `tokens` tokens leaves for the backward pass. item: bytes of a product's dtype;
+    rank: of the adapters.
+
+    Per norm its input and, unless its weight is frozen, the normed value, both in float32, and its output; per
+    projection its input (and, where the masters are of another dtype, the cast weight); the turned q, k and v;
+    attention's output twice, before and after its heads are put side by side; four tensors of the MLP."""
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    norms = 2 * c.hidden_size * (4 + 2 * item) + (q + kv) * (4 + item) * (c.model_type == "qwen3")
-    per_layer = tokens * (norms + item * (3 * q + 2 * kv + 4 * c.intermediate_size))
+    normed = 2 * c.hidden_size + (q + kv) * (c.model_type == "qwen3")
+    norms = normed * (4 if rank else 8) + 2 * c.hidden_size * item
+    per_layer = tokens * (norms + item * (3 * q + 2 * kv + 4 * c.intermediate_size + 7 * rank))
     if item < 4:
         per_layer += item * (c.hidden_size * (2 * q + 2 * kv) + 3 * c.hidden_size * c.intermediate_size)
-    gradients = tokens * item * (2 * c.intermediate_size + c.hidden_size)       # of the layer at work
+    # of the layer at work; an adapter has its own beside that of the weight
+    gradients = tokens * item * ((4 if rank else 2) * c.intermediate_size + c.hidden_size)
     if checkpointing:
         return per_layer + gradients + tokens * c.hidden_size * item * c.num_hidden_layers
     return per_layer * c.num_hidden_layers + gradients
 
 
 def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: int, vocab_size: int,
-                chunk_rows: int, dtype: torch.dtype, at_once: int | None = None) -> dict[str, int]:
-    """Bytes, by what they are for. at_once: rows that run their loss together (update.rows_at_once). Weights,
-    gradients, moments, cache and hidden rows are exact, the rest within a few percent."""
+                chunk_rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """Bytes, by what they are for. Weights, gradients, moments, cache and hidden rows are exact, the rest within a few
+    percent."""
     def size(config: ModelConfig) -> int:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in Transformer(config).parameters())
@@ -63,11 +74,13 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
         "gradients and AdamW moments": (4 if cfg.offload_optimizer else 12) * (adapters or weights),
         "student copy for sampling": 0 if dtype == torch.float32 else item * weights,
         "KV cache": min(cfg.slots, sequences) * length * 2 * s.num_hidden_layers * kv * item,
-        "activations of a micro-batch": kept_activations(s, tokens, item, cfg.gradient_checkpointing),
+        "activations of a micro-batch": kept_activations(s, tokens, item, cfg.gradient_checkpointing,
+                                                             cfg.lora_rank),
         "logits of the slots": min(cfg.slots, sequences) * vocab_size * item,
-        "logits of a chunk": vocab_size * (2 * item * min(chunk_rows, rows) + 4 * min(at_once or chunk_rows, rows)
+        "logits of a chunk": vocab_size * (2 * item * min(chunk_rows, rows) + 4 * min(rows_at_once(chunk_rows, vocab_size, device), rows)
                                            * CHUNK_TENSORS.get(cfg.divergence, OTHER_DIVERGENCES)),
         "libraries": LIBRARIES,
+        "freed blocks": FREE_HEAP if device.type == "cpu" else 0,
     }
     if teachers:
         plan["teacher weights"] = item * sum(map(size, teachers))
@@ -102,14 +115,14 @@ def fit(cfg, *plan_args, device: torch.device):
                         ("micro_batch_tokens", [most >> n for n in range(6)])):
         if not getattr(cfg, name):
             trials = (replace(chosen, **{name: size}) for size in sizes)
-            fitting = (c for c in trials if peak(parallel.per_process(memory_plan(c, *plan_args))) <= room)
+            fitting = (c for c in trials if peak(parallel.per_process(memory_plan(c, *plan_args, device))) <= room)
             chosen = next(fitting, replace(chosen, **{name: sizes[-1]}))
     return chosen
 
 
 def print_plan(cfg, *plan_args, device: torch.device) -> int:
     """Say what the run will take; returns the bytes at the peak."""
-    plan = parallel.per_process(memory_plan(cfg, *plan_args))
+    plan = parallel.per_process(memory_plan(cfg, *plan_args, device))
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.items() if size)
     total = peak(plan)
     print(f"memory  about {size_text(total)} at the peak: {parts} ({cfg.slots} slots, micro-batches of "
@@ -125,6 +138,9 @@ def used_memory(device: torch.device, since: int = 0) -> int:
     """Bytes: the most that was ever in use on a GPU; of a process the most resident memory, less `since`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):     # rusage's peak begins at that of the process that started this one
+        (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 - since
     import resource     # not on Windows
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024) - since
@@ -142,7 +158,7 @@ def give_back_freed_memory() -> None:
     reason. Elsewhere: nothing."""
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 22)       # M_MMAP_THRESHOLD, which grows by itself unless it is set
-        libc.mallopt(-1, 1 << 26)       # M_TRIM_THRESHOLD
+        libc.mallopt(-3, MAPPED)        # M_MMAP_THRESHOLD, which grows by itself unless it is set
+        libc.mallopt(-1, FREE_HEAP)     # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass

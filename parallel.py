@@ -23,6 +23,7 @@ Not here: tensor or pipeline parallelism. Memory that does not shrink with N: th
 its gradient, the hidden states of teachers with another tokenizer (their chunks are aligned over the whole
 step), and, while it is loaded, one whole checkpoint.
 """
+import atexit
 import functools
 import os
 import sys
@@ -126,9 +127,8 @@ def run(main) -> int:
         return main()
     try:
         status = main()
-    except SystemExit:              # --help and --plan
-        stop()
-        raise
+    except SystemExit as end:       # --help and --plan
+        status = end.code or 0
     except BaseException:
         complain(f"{traceback.format_exc()}error: process {Group.rank} of {Group.world} failed, the others stop too")
         status = 2
@@ -136,7 +136,16 @@ def run(main) -> int:
         time.sleep(4 * LOOK_EVERY)  # the others see the key first, and not a connection that breaks
         os._exit(status)
     stop()
-    return status
+    leave(status)
+
+
+def leave(status: int) -> None:
+    """End this process without tearing the interpreter down: of one in forty, threads of the collectives that are still
+    there then abort it."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def check(cfg) -> None:

@@ -19,7 +19,6 @@ from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, set_threads
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
-from update import rows_at_once
 from weights import checkpoint_folder, load_config, load_model
 
 
@@ -260,8 +259,7 @@ def set_up(cfg) -> tuple:
     own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
     chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device, dtype)
     plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference),
-                 max(map(len, shown or prompts)), tokenizer.vocab_size, chunk_rows, dtype,
-                 rows_at_once(chunk_rows, tokenizer.vocab_size, device))
+                 max(map(len, shown or prompts)), tokenizer.vocab_size, chunk_rows, dtype)
     cfg = fit(cfg, *plan_args, device=device)
     planned = print_plan(cfg, *plan_args, device=device)
     if cfg.plan:

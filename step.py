@@ -187,6 +187,16 @@ def cross(cfg, run: Setup, rollout: Rollout, on_policy: bool) -> Crossing | None
                     max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, stop_N=stop_N)
 
 
+def scored(cfg, run: Setup, rollout: Rollout, asked: list[int], prompts: list[list[int]] | None,
+           crossing: Crossing | None) -> Scores | None:
+    """What each sequence's own teacher says of it."""
+    if not run.teachers:
+        return None
+    teacher_B = torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device)
+    with run.student.lora_off() if run.adapters_off else nullcontext():
+        return read(cfg, run, run.teachers, rollout, teacher_B, prompts, crossing, tokens_too=credit_asks(cfg))
+
+
 def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
     """Everything before the update: (rollout, signals, scores, which sequences count, problems asked, on
     policy?)."""
@@ -197,14 +207,10 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
         texts = [run.tokenizer.decode(rollout.response(b)) for b in range(len(asked))]
         reward_B = rewards(cfg, run, texts, asked)
     with clock("score"):
-        scores, more = None, {}
+        more = {}
         prompts, usable_B = teacher_reads(cfg, run, rollout, asked, texts, reward_B, step)
         crossing = cross(cfg, run, rollout, on_policy)
-        if run.teachers:
-            teacher_B = torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device)
-            with run.student.lora_off() if run.adapters_off else nullcontext():
-                scores = read(cfg, run, run.teachers, rollout, teacher_B, prompts, crossing,
-                              tokens_too=credit_asks(cfg))
+        scores = scored(cfg, run, rollout, asked, prompts, crossing)
         if needs(cfg, "reference"):
             with nullcontext() if run.reference else run.student.lora_off():
                 reference_N = read(cfg, run, [run.reference or run.student], rollout).logp_N
@@ -268,6 +274,25 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
             "mean_length": s.length_B.double().mean().item(),
             "truncation_rate": 1 - s.finished_B.double().mean().item(),
             "on_policy": int(on_policy), "lr": learning_rate(step, cfg), "tokens": int(s.length_B.sum())}
+
+
+def warm_up(cfg, run: Setup) -> None:
+    """Compile by a first use: a few short responses are written, read by every teacher and learned from, which moves
+    nothing."""
+    one_each = {run.teacher_of[i]: i for i in range(len(run.prompts))}
+    asked = (list(one_each.values()) * 11)[:11]
+    # 7 of 11 slots live, 13 tokens or more: sizes that happen to be equal are compiled as one, and again when they part
+    limits = [1] * 4 + [min(12, cfg.max_new_tokens)] * 7
+    rollout = generate(run.actor, [run.prompts[i] for i in asked], max_new_tokens=limits, stop_ids=(),
+                       vocab_size=run.vocab_size, compile=True)
+    crossing = cross(cfg, run, rollout, True)
+    prompts = run.teacher_prompts and [run.teacher_prompts[i] for i in asked]
+    scores = scored(cfg, run, rollout, asked, prompts, crossing)
+    s = signals(rollout, torch.arange(len(asked), device=run.student.device), None, scores)
+    advantage_N = torch.zeros_like(s.student_N) if cfg.divergence in losses.USES_ADVANTAGE else None
+    backward(run.student, rollout, s, scores, torch.zeros_like(s.student_N), advantage_N, cfg,
+             vocab_size=run.vocab_size, chunk_rows=run.chunk_rows)
+    run.student.zero_grad()
 
 
 # Responses the teacher wrote

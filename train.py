@@ -29,8 +29,7 @@ from eval import evaluate, metrics_of
 from memory import give_back_freed_memory, size_text, used_memory
 from prepare import Setup, parse_teachers, set_up
 from report import check_tokenizers, report, self_check
-from rollout import generate
-from step import Clock, teacher_responses, train_step
+from step import Clock, teacher_responses, train_step, warm_up
 from tokenizer import UserError, one_line
 
 
@@ -126,8 +125,6 @@ def begin(cfg: Config, folder: RunFolder, run: Setup) -> dict:
     """What stands before the first step: checks on request, and how good student and teacher are."""
     if cfg.self_check:
         self_check(cfg, run)
-    if cfg.compile:
-        warm_up(cfg, run)
     check_tokenizers(cfg, run)
     begun = time.perf_counter()
     before, samples = test(cfg, run, run.actor, "student before")
@@ -151,6 +148,10 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
                                   weight_decay=cfg.weight_decay, fused=run.student.device.type in ("cuda", "cpu"))
     started, track = time.perf_counter(), trackers(cfg, folder)
     state = folder.resume(run.student, optimizer, run.average)
+    if cfg.compile:
+        begun = time.perf_counter()
+        warm_up(cfg, run)
+        print(f"compile took {time.perf_counter() - begun:.0f} s")
     written = teacher_responses(cfg, run, folder)
     if state:
         print(f"resume  {folder.path} from step {state['step']}")
@@ -192,24 +193,6 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
                 return 128 + stop
     finish(cfg, folder, state, run, memory_before)
     return 0
-
-
-def warm_up(cfg: Config, run: Setup) -> None:
-    """Compile by a first use, and say what that took: a few short responses are written, read by every model, and
-    learned from, which moves nothing."""
-    begun = time.perf_counter()
-    # 7 of 11 slots live: two sizes that happen to be equal would be compiled as one, and again when they part
-    rollout = generate(run.actor, (run.prompts * 11)[:11], max_new_tokens=[1] * 4 + [3] * 7, stop_ids=(),
-                       vocab_size=run.vocab_size, compile=True)
-    for model in {run.student, *run.teachers} if run.student.compiled else ():
-        with torch.set_grad_enabled(model is run.student):
-            for tokens_bt, mask_bt, lengths, _ in rollout.micro_batches(10**6, pack=model.packs):
-                # id 0 in place of the tokens: a teacher may have others
-                hidden_ND = model.response_hidden(torch.zeros_like(tokens_bt), mask_bt, lengths)
-                if hidden_ND.requires_grad:
-                    hidden_ND.sum().backward()
-    run.student.zero_grad()
-    print(f"compile took {time.perf_counter() - begun:.0f} s")
 
 
 def note_time(state: dict, record: dict, seconds: dict[str, float]) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 import parallel
 from checkpoint import trainable
 from credit import Signals
-from diagnostics import diagnostics, summarise
-from losses import DIVERGENCES, TWO_VOCABULARIES, LossArgs, Rows, on_shared, upcast
+from diagnostics import DIAGNOSTIC_K, diagnostics, summarise
+from losses import DIVERGENCES, TWO_VOCABULARIES, LossArgs, Rows, on_shared, top_ids, upcast
+from memory import rows_at_once
 from model import Transformer
 from rollout import Rollout
 from teacher import Scores
@@ -59,29 +60,56 @@ def row_scale(s: Signals, weight_N: Tensor, reduction: str) -> Tensor:
 
 # The engine: exact losses in memory O(chunk).
 
-CACHED_LOGITS = 2**20       # entries of the few rows whose loss a CPU computes at a time: 4 MB
 CACHED_GRADIENT = 2**19     # entries of the head's gradient to which a CPU adds a bfloat16 product at a time: 2 MB
 
 
-def few_rows(logits_NV: Tensor, teacher_NV: Tensor | None, batch: dict, scale_N: Tensor, divergence, args: LossArgs,
-             shared: tuple[Tensor, Tensor] | None, diagnose: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of scale_n loss_n, loss_N, diagnostics per row): all of a step that sees the vocabulary."""
-    rows = Rows(upcast(logits_NV).log_softmax(-1), shared=shared, **batch,
+def few_rows(logits_NV: Tensor, teacher_NV: Tensor | None, fields: dict, scale_N: Tensor, divergence, args: LossArgs,
+             shared: tuple[Tensor, Tensor] | None, top_NK: tuple[Tensor, Tensor] | None, diagnose: bool
+             ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of scale_n loss_n, loss_N, diagnostics per row): what sees the vocabulary, in one function to fuse."""
+    rows = Rows(upcast(logits_NV).log_softmax(-1), shared=shared, **fields,
                 teacher_NV=None if teacher_NV is None else upcast(teacher_NV).log_softmax(-1))
     as_given = shared is None or divergence in TWO_VOCABULARIES
     loss_N = divergence(rows if as_given else on_shared(rows), args)
-    total = (loss_N * scale_N).sum()
-    if not diagnose or teacher_NV is None:
-        return total, loss_N.detach(), {}
-    with torch.no_grad():
-        return total, loss_N.detach(), diagnostics(rows if shared is None else on_shared(rows))
+    found = {}
+    if diagnose and teacher_NV is not None:
+        with torch.no_grad():
+            found = diagnostics(rows if shared is None else on_shared(rows), top_NK)
+    return (loss_N * scale_N).sum(), loss_N.detach(), found
 
 
 @functools.cache
-def compiled_few_rows():
+def fused_few_rows():
     return torch.compile(few_rows, dynamic=True)
 
 
+def gradient_in_place(logits_NV: Tensor, teacher_NV: Tensor | None, *rest, diagnose: bool, compile: bool
+                      ) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss_N, diagnostics per row) of few_rows; the gradient of the logits takes their place."""
+    top_NK, shared = None, rest[-1]
+    if diagnose and teacher_NV is not None and shared is None:      # a search cannot be fused
+        top_NK = tuple(top_ids(x_NV, min(DIAGNOSTIC_K, x_NV.shape[1])) for x_NV in (logits_NV, teacher_NV))
+    leaf_NV = logits_NV.detach().requires_grad_()
+    with torch.enable_grad():
+        total, loss_N, found = (fused_few_rows() if compile else few_rows)(leaf_NV, teacher_NV, *rest, top_NK, diagnose)
+    (grad_NV,) = torch.autograd.grad(total, leaf_NV)
+    logits_NV.copy_(grad_NV)
+    return loss_N, found
+
+
+def add_product(head_grad_VD: Tensor, grad_NV: Tensor, states_ND: Tensor) -> None:
+    """head_grad += grad^T states. A bfloat16 product is rounded like every product and added up in float32; on a CPU a
+    part of the head at a time, whose product then stays in cache."""
+    if head_grad_VD.dtype == grad_NV.dtype:
+        head_grad_VD.addmm_(grad_NV.T, states_ND)
+        return
+    V, D = head_grad_VD.shape
+    part = max(1, CACHED_GRADIENT // D) if head_grad_VD.device.type == "cpu" else V
+    for part_vD, grad_Nv in zip(head_grad_VD.split(part), grad_NV.split(part, 1)):
+        part_vD += grad_Nv.T @ states_ND
+
+
+@torch.no_grad()
 def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | None, batch: dict, scale_N: Tensor,
                      divergence, args: LossArgs, *, temperature: float, chunk_rows: int,
                      teacher_hidden_NE: Tensor | None = None, teacher_head_VE: Tensor | None = None,
@@ -97,7 +125,7 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
     shared         of Rows; None when both sides have one vocabulary.
     scale_N        weight of each row over the denominator of the whole optimizer step, counted before the
                    first micro-batch.
-    compile        fuse what stands between the products with torch.compile.
+    compile        fuse what stands between the products (torch.compile).
 
     Two levels, because products want many rows and everything else wants to stay in cache. chunk_rows rows of
     both sides are projected at once into memory that every chunk uses again; then a few rows at a time run the
@@ -112,49 +140,26 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
     if teacher_hidden_NE is not None:
         teacher_hidden_NE = teacher_hidden_NE / temperature
         teacher_CV = teacher_head_VE.new_empty(min(chunk_rows, N), len(teacher_head_VE))
-    losses_of = compiled_few_rows() if compile else few_rows
     few = rows_at_once(chunk_rows, len(head_VD), states_ND.device)
-    with torch.no_grad():
-        for start in range(0, N, chunk_rows):
-            at = slice(start, min(start + chunk_rows, N))
-            logits_NV = torch.mm(states_ND[at], head_VD.T, out=logits_CV[:at.stop - start])
-            if teacher_CV is not None:
-                torch.mm(teacher_hidden_NE[at], teacher_head_VE.T, out=teacher_CV[:at.stop - start])
-            for first in range(start, at.stop, few):
-                here = slice(first, min(first + few, at.stop))
-                inside = slice(first - start, here.stop - start)
-                leaf_NV = logits_NV[inside].detach().requires_grad_()
-                with torch.enable_grad():
-                    total, loss_N[here], diagnosed = losses_of(
-                        leaf_NV, None if teacher_CV is None else teacher_CV[inside],
-                        {name: None if value is None else value[here] for name, value in batch.items()},
-                        scale_N[here], divergence, args, shared, diagnose)
-                (grad_NV,) = torch.autograd.grad(total, leaf_NV)
-                logits_NV[inside] = grad_NV
-                for name, value_N in diagnosed.items():
-                    per_row.setdefault(name, value_N.new_empty(N))[here] = value_N
-            torch.mm(logits_NV, head_VD, out=grad_ND[at])
-            if head_grad_VD is not None:
-                add_product(head_grad_VD, logits_NV, states_ND[at])
+    for start in range(0, N, chunk_rows):
+        at = slice(start, min(start + chunk_rows, N))
+        logits_NV = torch.mm(states_ND[at], head_VD.T, out=logits_CV[:at.stop - start])
+        if teacher_CV is not None:
+            torch.mm(teacher_hidden_NE[at], teacher_head_VE.T, out=teacher_CV[:at.stop - start])
+        for first in range(start, at.stop, few):
+            here = slice(first, min(first + few, at.stop))
+            inside = slice(first - start, here.stop - start)
+            loss_N[here], found = gradient_in_place(
+                logits_NV[inside], None if teacher_CV is None else teacher_CV[inside],
+                {name: None if value is None else value[here] for name, value in batch.items()}, scale_N[here],
+                divergence, args, shared, diagnose=diagnose, compile=compile)
+            for name, value_N in found.items():
+                per_row.setdefault(name, value_N.new_empty(N))[here] = value_N
+        torch.mm(logits_NV, head_VD, out=grad_ND[at])
+        if head_grad_VD is not None:
+            add_product(head_grad_VD, logits_NV, states_ND[at])
     hidden_ND.backward(grad_ND / temperature)
     return loss_N, per_row
-
-
-def add_product(head_grad_VD: Tensor, grad_NV: Tensor, states_ND: Tensor) -> None:
-    """head_grad += grad^T states. A bfloat16 product is rounded like every product and added up in float32, on a CPU a
-    part of the head at a time: its rounded form and that one in float32 stay in cache."""
-    if head_grad_VD.dtype == grad_NV.dtype:
-        head_grad_VD.addmm_(grad_NV.T, states_ND)
-        return
-    V, D = head_grad_VD.shape
-    part = max(1, CACHED_GRADIENT // D) if head_grad_VD.device.type == "cpu" else V
-    for part_vD, grad_Nv in zip(head_grad_VD.split(part), grad_NV.split(part, 1)):
-        part_vD += grad_Nv.T @ states_ND
-
-
-def rows_at_once(chunk_rows: int, vocab_size: int, device: torch.device) -> int:
-    """How many rows run their loss together: a GPU wants many, a CPU what its cache holds."""
-    return chunk_rows if device.type == "cuda" else max(1, min(chunk_rows, CACHED_LOGITS // vocab_size))
 
 
 # The step
