@@ -183,7 +183,10 @@ def block_masses(logits_BV: Tensor, scale: float, width: int) -> tuple[Tensor, T
     parts = []
     for logits_bV in logits_BV.split(rows):
         x_bV, p_bV = scratch_2bV[:, :len(logits_bV)]
-        top_b1 = torch.mul(x_bV.copy_(logits_bV), scale, out=x_bV).amax(-1, keepdim=True)
+        x_bV.copy_(logits_bV)
+        if scale != 1:
+            x_bV.mul_(scale)
+        top_b1 = x_bV.amax(-1, keepdim=True)
         torch.exp(x_bV.sub_(top_b1), out=p_bV)
         mass_bK = p_bV[:, :whole].unflatten(1, (-1, width)).sum(-1)
         rest_b1 = p_bV[:, whole:].sum(-1, keepdim=True)

@@ -150,7 +150,7 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
             here = slice(first, min(first + few, at.stop))
             inside = slice(first - start, here.stop - start)
             loss_N[here], found = gradient_in_place(
-                logits_NV[inside], None if teacher_CV is None else teacher_CV[inside],
+                logits_NV[inside], None if teacher_CV is None else teacher_CV[inside].detach(),
                 {name: None if value is None else value[here] for name, value in batch.items()}, scale_N[here],
                 divergence, args, shared, diagnose=diagnose, compile=compile)
             for name, value_N in found.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from model import ModelConfig, Transformer  # noqa: E402
@@ -31,6 +32,11 @@ def qwen3(vocab: int, width: int = 256, mlp_width: int = 0, layers: int = 6, hea
 def shape(name: str | None, vocab: int | None, **default) -> dict:
     """The config.json of a name in QWEN3, or of qwen3(**default) without one."""
     return qwen3(vocab or 151_936, *QWEN3[name]) if name else qwen3(vocab or 4096, **default)
+
+
+def ragged_lengths(rng: np.random.Generator, size, most: int) -> np.ndarray:
+    """Lognormal, of mean exp(mu + sigma^2 / 2): 94 at most = 256 once the tail is cut."""
+    return rng.lognormal(np.log(most / 2.35) - 0.32, 0.8, size).clip(4, most).astype(int)
 
 
 def random_checkpoint(folder: Path, raw: dict, seed: int = 0) -> Path:

@@ -18,7 +18,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from common import QWEN3, interleaved, medians, random_checkpoint, shape  # isort: skip
+from common import QWEN3, interleaved, medians, ragged_lengths, random_checkpoint, shape  # isort: skip
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ def workload(args, vocab: int) -> tuple[list[list[int]], list[int]]:
     if args.lengths == "equal":
         prompt_lengths = np.full(args.requests, args.prompt)
         lengths = np.full(args.requests, args.new)
-    else:       # exp(mu + sigma^2 / 2) is the mean: 94 at the default --new 256 once the tail is cut
+    else:
         prompt_lengths = rng.lognormal(np.log(args.prompt) - 0.32, 0.8, args.requests)
         prompt_lengths = prompt_lengths.clip(4, 4 * args.prompt).astype(int)
-        lengths = rng.lognormal(np.log(args.new / 2.35) - 0.32, 0.8, args.requests).clip(4, args.new).astype(int)
+        lengths = ragged_lengths(rng, args.requests, args.new)
     return [rng.integers(vocab, size=n).tolist() for n in prompt_lengths], lengths.tolist()
 
 

@@ -25,7 +25,7 @@ class Phases:
         if self.actor is not self.student:
             self.actor.refresh(self.student)
 
-    def rollout(self, prompts: list[list[int]], new: int, samples: int = 1, seed: int = 0) -> None:
+    def rollout(self, prompts: list[list[int]], new: int | list[int], samples: int = 1, seed: int = 0) -> None:
         self.written = generate(self.actor, prompts, samples=samples, max_new_tokens=new, stop_ids=(), seed=seed,
                                 slots=len(prompts) * samples, vocab_size=self.sizes["vocab_size"],
                                 compile=self.cfg.compile)

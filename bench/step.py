@@ -2,13 +2,16 @@
 
     python bench/step.py                                        # vocabulary 4,096, batch 16, float32, two CPU cores
     python bench/step.py --vocab 151936 --batch 8 --dtype bfloat16
+    python bench/step.py --lengths ragged                       # responses end when they end, as in a real run
     python bench/step.py --device cuda --vocab 151936 --batch 64 --dtype bfloat16
 
 The same random Qwen3 student (width 256, 6 layers) and teacher (width 512, 8 layers), prompts of 64 tokens, 128
 new tokens each, exact reverse KL over the whole vocabulary, AdamW. bfloat16: float32 student weights, bfloat16
 products and teacher, everywhere. `gkd` is GKDTrainer with gradient checkpointing switched off; `gkd_shipped` has
-its default, under which its generation runs without a KV cache. Each variant has its own process; median seconds
-of the steps after the first; peak memory above what is held before the first step, that is above the models.
+its default, under which its generation runs without a KV cache. Ragged responses have lognormal lengths (mean 94, at
+most 256), the same for every variant; TRL writes a batch until its longest has ended. Each variant has its own
+process; median seconds of the steps after the first, and of their rollouts; peak memory above what is held before
+the first step, that is above the models.
 Ends with one JSON line: ratios are the variant over this project.
 """
 import argparse
@@ -20,18 +23,26 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import peak_memory, qwen3, random_checkpoint, reset_peak, wait  # isort: skip
+from common import peak_memory, qwen3, ragged_lengths, random_checkpoint, reset_peak, wait  # isort: skip
 
 import numpy as np
 import torch
 
 VARIANTS = ("ours", "gkd", "distillation", "gkd_shipped")
-PROMPT, NEW = 64, 128
+PROMPT = 64
 
 
 def prompts_of(args) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return rng.integers(args.vocab - 2, size=(args.batch * (args.steps + 1), PROMPT)).tolist()
+
+
+def lengths_of(args) -> list[list[int]]:
+    """Of the responses of each step."""
+    shape = args.steps + 1, args.batch
+    if args.lengths == "equal":
+        return np.full(shape, 128).tolist()
+    return ragged_lengths(np.random.default_rng(1), shape, 256).tolist()
 
 
 class Timer:
@@ -74,11 +85,11 @@ def ours(args, folder: Path) -> dict:
     # a third of the batch at a time: as fast, and a third of the activations
     cfg = Config(chunk_rows=args.chunk_rows, micro_batch_tokens=1024)
     one = Phases(student, teacher, cfg, args.vocab, args.compile)
-    prompts, timer = prompts_of(args), Timer(device)
+    prompts, lengths, timer = prompts_of(args), lengths_of(args), Timer(device)
     for step in range(args.steps + 1):
         timer.start()
         one.refresh()
-        one.rollout(prompts[step * args.batch:(step + 1) * args.batch], NEW, seed=step)
+        one.rollout(prompts[step * args.batch:(step + 1) * args.batch], lengths[step], seed=step)
         timer.phase("rollout")
         one.scoring()
         timer.phase("scores")
@@ -110,8 +121,24 @@ def trl(args, folder: Path) -> dict:
                     learning_rate=1e-5, bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu", temperature=1.0,
                     beta=1.0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
                     gradient_checkpointing=args.variant == "gkd_shipped")
-    tokenizer, prompts = word_tokenizer(args.vocab), prompts_of(args)
-    timer = Timer(device)
+    tokenizer, prompts, lengths = word_tokenizer(args.vocab), prompts_of(args), lengths_of(args)
+    most, timer, write = max(map(max, lengths)), Timer(device), student.generate
+
+    def generate(**settings):
+        """Every response of the step ends with <eos> at its length."""
+        end_B = PROMPT + torch.tensor(lengths[len(timer.seconds)], device=device) - 1
+
+        def end(ids_BT, logits_BV):
+            ends_B, eos = end_B == ids_BT.shape[1], args.vocab - 2
+            logits_BV[:, eos] = torch.where(ends_B, logits_BV[:, eos], -torch.inf)
+            logits_BV[ends_B, :eos] = logits_BV[ends_B, eos + 1:] = -torch.inf
+            return logits_BV
+        out = write(**settings, logits_processor=[end] if args.lengths == "ragged" else None)
+        timer.phase("rollout")
+        return out
+    student.generate = generate
+    if args.lengths == "ragged":
+        student.generation_config.eos_token_id = args.vocab - 2
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -125,7 +152,7 @@ def trl(args, folder: Path) -> dict:
         texts = [" ".join(f"w{i}" for i in prompt) for prompt in prompts]
         trainer = DistillationTrainer(
             model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()],
-            args=DistillationConfig(**settings, max_completion_length=NEW),
+            args=DistillationConfig(**settings, max_completion_length=most),
             train_dataset=Dataset.from_dict({"prompt": texts}))
     else:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -136,7 +163,7 @@ def trl(args, folder: Path) -> dict:
                     "prompt_attention_mask": torch.ones_like(ids)}
         trainer = GKDTrainer(
             model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()],
-            data_collator=collate, args=GKDConfig(**settings, lmbda=1.0, max_new_tokens=NEW),
+            data_collator=collate, args=GKDConfig(**settings, lmbda=1.0, max_new_tokens=most),
             train_dataset=Dataset.from_dict({"ids": prompts}))
     trainer.train()
     return timer.result()
@@ -146,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lengths", default="equal", choices=("equal", "ragged"), help="of the responses")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=3, help="steps measured, after one that is not")
@@ -176,9 +204,10 @@ def main() -> None:
             print(f"{variant:>13}: {found['seconds']:7.2f} s a step (the first {found['first']:.2f}), "
                   f"peak {found['peak'] / 2**30:5.2f} GiB above the weights  "
                   + ", ".join(f"{name} {taken}" for name, taken in found["phases"].items()), flush=True)
-    ratios = {name: {key: round(found[key] / results["ours"][key], 2) for key in ("seconds", "peak")}
+    ratios = {name: {"rollout": round(found["phases"]["rollout"] / results["ours"]["phases"]["rollout"], 2),
+                     **{key: round(found[key] / results["ours"][key], 2) for key in ("seconds", "peak")}}
               for name, found in results.items() if name != "ours" and "ours" in results}
-    print(json.dumps({"name": f"step_{args.vocab}_{args.dtype}_{args.batch}",
+    print(json.dumps({"name": f"step_{args.lengths}_{args.vocab}_{args.dtype}_{args.batch}",
                       "ratio": min((r["seconds"] for r in ratios.values()), default=None), **ratios}))
 
 

@@ -20,6 +20,7 @@ import losses as losses_file  # noqa: E402
 from credit import ADVANTAGES, WEIGHTS, CreditArgs, Signals  # noqa: E402
 from diagnostics import diagnostics, repeats, summarise  # noqa: E402
 from losses import DIVERGENCES, LossArgs, Rows, choose_support  # noqa: E402
+import update  # noqa: E402
 from update import chunked_backward  # noqa: E402
 
 ROWS, VOCAB = 24, 12
@@ -760,10 +761,13 @@ def run_bf16(name):
     return loss_N, head_grad_VD, hidden_ND.grad, tensors, batch["token_N"], scale_N
 
 
+@pytest.mark.parametrize("cached", [2**19, 3 * D])
 @pytest.mark.parametrize("name", [n for n in REFERENCE if n != "policy_gradient"])
-def test_bf16_states_are_scored_in_float32(name):
-    """fails if: upcast leaves bfloat16 alone, or the head's gradient is summed over chunks in bfloat16. The
+def test_bf16_states_are_scored_in_float32(monkeypatch, name, cached):
+    """cached: entries of the head's gradient that are added at a time, all or three rows.
+    fails if: a part of the head is left out, upcast leaves bfloat16 alone, or the head's gradient is summed over chunks in bfloat16. The
     rounding of the logits themselves is part of the reference; a gradient is rounded once, like any product."""
+    monkeypatch.setattr(update, "CACHED_GRADIENT", cached)
     loss_N, head_grad_VD, grad_ND, tensors, token_N, scale_N = run_bf16(name)
     hidden_ND, head_VD, teacher_NE, teacher_VE = tensors
     z, teacher_z = (hidden_ND @ head_VD.T).double(), (teacher_NE @ teacher_VE.T).double()

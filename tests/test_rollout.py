@@ -19,10 +19,10 @@ STOPS = (0, 7, 11)
 LARGEST_UNIFORM = 1 - 2.0 ** -24        # the largest float32 below 1
 
 
-def small(seed=0):
+def small(seed=0, **more):
     config = dict(model_type="llama", vocab_size=VOCAB, hidden_size=32, intermediate_size=48,
                   num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                  max_position_embeddings=CONTEXT)
+                  max_position_embeddings=CONTEXT, **more)
     model, rng = Transformer(ModelConfig.from_dict(config)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -341,16 +341,33 @@ def test_slots_are_refilled_while_others_go_on():
     assert len(decode) == 39
 
 
-def test_compiled_decode_step_is_traced_a_few_times_and_writes_the_same_text(monkeypatch):
+@pytest.mark.parametrize("biases", [False, True])
+def test_compiled_decode_step_is_traced_a_few_times_and_writes_the_same_text(monkeypatch, biases):
     """Traced as for a real backend, run as plain torch. Live slots go from three to one, lengths up to 29.
-    fails if: the decode step is specialised on a length or a number of slots, or Slots.step skips the cache."""
+    fails if: the decode step is specialised on a length or a number of slots, Slots.step skips the cache, or the
+    product with the weight as left factor loses its bias."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     case = dict(prompts=ragged()[:4], samples=1, max_new_tokens=[6, 12, 9, 3], slots=3)
-    assert same(write(small(), **case, compile=True), write(small(), **case))
+    model = small(attention_bias=biases)
+    assert same(write(model, **case, compile=True), write(model, **case))
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4, 20, 32, 33])
+def test_projected_logits_are_states_times_head(rows, dtype):
+    """The memory holds what an earlier step with other rows left there.
+    fails if: the turned product lands in the wrong rows, or only some numbers of rows are turned back."""
+    rng = torch.Generator().manual_seed(0)
+    hidden_BD, head_VD = (torch.randn(n, 16, generator=rng).to(dtype) for n in (rows, 50))
+    out, turned = torch.full((rows, 50), torch.nan, dtype=dtype), torch.full((40 * 50,), torch.nan, dtype=dtype)
+    for memory in (turned, None):
+        found_BV = rollout_file.project(hidden_BD, head_VD, out.fill_(torch.nan), memory)
+        torch.testing.assert_close(found_BV, hidden_BD @ head_VD.T)
+        assert found_BV is out
 
 
 @pytest.mark.parametrize("look_every, stop_ids", [(2, STOPS), (7, STOPS), (100, ())])
