@@ -48,7 +48,8 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
                                               "third slower")
     offload_optimizer: bool = opt(False, "keep AdamW's moments in host memory between steps: a GPU saves eight "
                                          "bytes a weight and waits for two transfers a step")
-    compile: bool = opt(False, "torch.compile the decode step and the layers: a minute or two once, then faster")
+    compile: bool = opt(False, "torch.compile the decode step, the layers and the loss: a minute or two once, then "
+                               "faster")
     # loss: one entry of each table of losses.py
     divergence: str = opt("reverse_kl", "what is differentiated", tuple(DIVERGENCES))
     advantage: str = opt("opd", "credit per token, for policy_gradient", tuple(ADVANTAGES))

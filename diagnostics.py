@@ -12,13 +12,17 @@ DIAGNOSTIC_K = 16       # the k of Rethinking OPD's metrics (arXiv:2604.13016, s
 
 
 def diagnostics(r: Rows, top_ids_NK: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
-    """Per row, no gradient. top_ids_NK: both sides' top_ids, when they are known.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens
+    """Per row, no gradient.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens
     in both top-16 sets. NaN where a quantity is undefined (no shared token); means skip those rows. Names
-    that end in _code: as thunlp/OPD logs them, which is not as the paper defines them."""
+    that end in _code: as thunlp/OPD logs them, which is not as the paper defines them.
+
+    top_ids_NK: losses.top_ids of both sides, when they are known already.
+    """
     p, q = r.student_NV.detach(), r.teacher_NV
     exp_p, exp_q, gap = p.exp(), q.exp(), p - q
     entropy_p, entropy_q = -torch.linalg.vecdot(exp_p, p), -torch.linalg.vecdot(exp_q, q)
-    reverse_kl, forward_kl = torch.linalg.vecdot(exp_p.to(gap.dtype), gap), -torch.linalg.vecdot(exp_q.to(gap.dtype), gap)
+    reverse_kl = torch.linalg.vecdot(exp_p.to(gap.dtype), gap)
+    forward_kl = -torch.linalg.vecdot(exp_q.to(gap.dtype), gap)
     k = min(DIAGNOSTIC_K, p.shape[1])
     student_id_NK, teacher_id_NK = top_ids_NK or (top_ids(p, k), top_ids(q, k))
     student_NK, top_teacher_NK = p.gather(1, student_id_NK), q.gather(1, teacher_id_NK)

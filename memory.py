@@ -69,6 +69,8 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
     widths = 4 * s.hidden_size + 2 * q + 2 * kv + 3 * (s.hidden_size + s.intermediate_size)     # in and out, 7 matrices
     adapters = cfg.lora_rank * s.num_hidden_layers * widths
     tokens = max(min(cfg.micro_batch_tokens, sequences * length), length)
+    at_once = rows_at_once(chunk_rows, vocab_size, device)
+    tensors = CHUNK_TENSORS.get(cfg.divergence, OTHER_DIVERGENCES)
     plan = {
         "student weights, float32": 4 * (weights + adapters),
         "gradients and AdamW moments": (4 if cfg.offload_optimizer else 12) * (adapters or weights),
@@ -77,8 +79,7 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
         "activations of a micro-batch": kept_activations(s, tokens, item, cfg.gradient_checkpointing,
                                                              cfg.lora_rank),
         "logits of the slots": min(cfg.slots, sequences) * vocab_size * item,
-        "logits of a chunk": vocab_size * (2 * item * min(chunk_rows, rows) + 4 * min(rows_at_once(chunk_rows, vocab_size, device), rows)
-                                           * CHUNK_TENSORS.get(cfg.divergence, OTHER_DIVERGENCES)),
+        "logits of a chunk": vocab_size * (2 * item * min(chunk_rows, rows) + 4 * tensors * min(at_once, rows)),
         "libraries": LIBRARIES,
         "freed blocks": FREE_HEAP if device.type == "cpu" else 0,
     }

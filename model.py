@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Where there is a gradient to add to, its rows of these tokens alone are touched: a dense gradient, zero almost
+        """Where there is a gradient to add to, only its rows of these tokens are touched: a dense gradient, zero almost
         everywhere, would cost three passes over (V, D) per micro-batch."""
         table = self.model.embed_tokens
         return F.embedding(tokens_BT, table.weight, sparse=torch.is_grad_enabled() and table.weight.grad is not None)

@@ -83,15 +83,17 @@ def fused_few_rows():
     return torch.compile(few_rows, dynamic=True)
 
 
-def gradient_in_place(logits_NV: Tensor, teacher_NV: Tensor | None, *rest, diagnose: bool, compile: bool
+def gradient_in_place(logits_NV: Tensor, teacher_NV: Tensor | None, fields: dict, scale_N: Tensor, divergence,
+                      args: LossArgs, shared: tuple[Tensor, Tensor] | None, diagnose: bool, compile: bool
                       ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss_N, diagnostics per row) of few_rows; the gradient of the logits takes their place."""
-    top_NK, shared = None, rest[-1]
+    top_NK = None
     if diagnose and teacher_NV is not None and shared is None:      # a search cannot be fused
         top_NK = tuple(top_ids(x_NV, min(DIAGNOSTIC_K, x_NV.shape[1])) for x_NV in (logits_NV, teacher_NV))
     leaf_NV = logits_NV.detach().requires_grad_()
     with torch.enable_grad():
-        total, loss_N, found = (fused_few_rows() if compile else few_rows)(leaf_NV, teacher_NV, *rest, top_NK, diagnose)
+        total, loss_N, found = (fused_few_rows() if compile else few_rows)(
+            leaf_NV, teacher_NV, fields, scale_N, divergence, args, shared, top_NK, diagnose)
     (grad_NV,) = torch.autograd.grad(total, leaf_NV)
     logits_NV.copy_(grad_NV)
     return loss_N, found
@@ -152,7 +154,7 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
             loss_N[here], found = gradient_in_place(
                 logits_NV[inside], None if teacher_CV is None else teacher_CV[inside].detach(),
                 {name: None if value is None else value[here] for name, value in batch.items()}, scale_N[here],
-                divergence, args, shared, diagnose=diagnose, compile=compile)
+                divergence, args, shared, diagnose, compile)
             for name, value_N in found.items():
                 per_row.setdefault(name, value_N.new_empty(N))[here] = value_N
         torch.mm(logits_NV, head_VD, out=grad_ND[at])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from attention import KVCache
+from attention import KVCache, attend
 from model import ModelConfig, Transformer
 from weights import checkpoint_folder, load_model
 from rollout import generate
@@ -141,6 +141,26 @@ def test_greedy_text_equals_transformers(peer):
     wanted = theirs.generate(prompt, max_new_tokens=64, do_sample=False, pad_token_id=0)[0, 9:].tolist()
     rollout = generate(load_model(folder), prompt.tolist(), max_new_tokens=64, stop_ids=(), temperature=0.0)
     assert rollout.response(0) == wanted
+
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str)
+def test_one_query_per_slot_reads_the_keys_before_it(dtype, tolerance):
+    """Grouped heads, three slots of other lengths, leftovers behind them.
+    fails if: a query reads another head's keys or a leftover, or the way of one dtype forgets the mask."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, *shape, generator=rng, dtype=torch.float64).to(dtype)
+               for shape in ((1, 6, 8), (9, 2, 8), (9, 2, 8)))
+    lengths = [9, 1, 4]
+    mask = torch.zeros(3, 1, 1, 9, dtype=dtype)
+    for slot, length in enumerate(lengths):
+        mask[slot, :, :, length:] = -torch.inf
+    found = attend(q, k, v, mask, None).view(3, 6, 8).double()
+    for slot, length in enumerate(lengths):
+        for head in range(6):
+            keys, values = (x[slot, :length, head // 3].double() for x in (k, v))
+            weights = (keys @ q[slot, 0, head].double() / 8 ** 0.5).softmax(0)
+            torch.testing.assert_close(found[slot, head], weights @ values, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("lora, spelling", [(False, "new"), (True, "old")])
