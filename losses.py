@@ -344,6 +344,7 @@ DIVERGENCES = {
 ON_SAMPLES_ONLY = ("policy_gradient", "k2", "eopd")
 USES_ADVANTAGE = ("policy_gradient", "eopd")
 NEEDS_NO_TEACHER = ("policy_gradient", "cross_entropy")     # though an advantage may
+MIXTURES = ("jsd", "skewed_forward_kl", "skewed_reverse_kl", "gold")
 # teacher with another tokenizer: these look at their rows as they are, the others at the shared tokens of
 # both sides
 TWO_VOCABULARIES = (policy_gradient, cross_entropy, uld, gold)

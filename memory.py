@@ -17,7 +17,7 @@ from model import ModelConfig, Transformer
 CHUNK_TENSORS = {"cross_entropy": 4, "skewed_forward_kl": 10, "uld": 11, "skewed_reverse_kl": 13, "jsd": 14, "gold": 14}
 OTHER_DIVERGENCES = 7
 LIBRARIES = 96 * 2**20      # what tokenizers, torch and its kernels take once they are in use
-CACHED_LOGITS = 2**20       # entries of the few rows whose loss a CPU computes at a time: 4 MB
+CACHED_LOGITS = 2**19       # entries of the few rows whose loss a CPU computes at a time: 2 MB
 MAPPED = 2**22              # bytes from which the C library gives a freed block back to the system at once
 FREE_HEAP = 2**26           # what it keeps of smaller ones
 

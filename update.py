@@ -18,7 +18,7 @@ import parallel
 from checkpoint import trainable
 from credit import Signals
 from diagnostics import DIAGNOSTIC_K, diagnostics, summarise
-from losses import DIVERGENCES, TWO_VOCABULARIES, LossArgs, Rows, on_shared, top_ids, upcast
+from losses import DIVERGENCES, MIXTURES, TWO_VOCABULARIES, LossArgs, Rows, on_shared, top_ids, upcast
 from memory import rows_at_once
 from model import Transformer
 from rollout import Rollout
@@ -183,6 +183,8 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
     head = parallel.take_head(student)
     head_grad_VD = head.grad[:vocab_size] if head.requires_grad else None
     head_VD = head.detach()[:vocab_size].to(student.compute_dtype)
+    name = divergence or cfg.divergence
+    fuse = cfg.compile and not (student.device.type == "cpu" and name in MIXTURES)  # logaddexp: twice as slow fused
     per_row: dict[str, Tensor] = {}
     crossing = scores.crossing if scores else None
     for part in scores.parts if scores else [None]:
@@ -195,15 +197,15 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
                           "teacher_before_N": crossing.teacher_before_N[row_n]}
             loss_n, diagnosed = chunked_backward(
                 student.response_hidden(tokens_bt, mask_bt, lengths), head_VD, head_grad_VD, batch, scale_N[row_n],
-                DIVERGENCES[divergence or cfg.divergence], cfg, temperature=cfg.temperature, chunk_rows=chunk_rows,
+                DIVERGENCES[name], cfg, temperature=cfg.temperature, chunk_rows=chunk_rows,
                 teacher_hidden_NE=part.hidden_nE[part.place_N[row_n]] if part else None,
                 teacher_head_VE=part.head_VE if part else None, shared=part.shared if part else None, diagnose=True,
-                compile=cfg.compile)
+                compile=fuse)
             if crossing:        # rows that stand beside no distribution of the teacher compare nothing
-                diagnosed = {name: torch.where(part.place_N[row_n] >= 0, value_n, torch.nan)
-                             for name, value_n in diagnosed.items()}
-            for name, value_n in {"loss": loss_n, **diagnosed}.items():
-                per_row.setdefault(name, torch.zeros_like(scale_N))[row_n] = value_n.to(scale_N.dtype)
+                diagnosed = {key: torch.where(part.place_N[row_n] >= 0, value_n, torch.nan)
+                             for key, value_n in diagnosed.items()}
+            for key, value_n in {"loss": loss_n, **diagnosed}.items():
+                per_row.setdefault(key, torch.zeros_like(scale_N))[row_n] = value_n.to(scale_N.dtype)
     parallel.give_head(student, head)
     return parallel.joined(per_row, parallel.owned(s.sequence_N))
 
