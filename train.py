@@ -148,15 +148,14 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
                                   weight_decay=cfg.weight_decay, fused=run.student.device.type in ("cuda", "cpu"))
     started, track = time.perf_counter(), trackers(cfg, folder)
     state = folder.resume(run.student, optimizer, run.average)
+    if state:
+        print(f"resume  {folder.path} from step {state['step']}")
     if cfg.compile:
         begun = time.perf_counter()
         warm_up(cfg, run)
         print(f"compile took {time.perf_counter() - begun:.0f} s")
     written = teacher_responses(cfg, run, folder)
-    if state:
-        print(f"resume  {folder.path} from step {state['step']}")
-    else:
-        state = begin(cfg, folder, run)
+    state = state or begin(cfg, folder, run)
     seconds_before = state["seconds"]
 
     with graceful_stop() as stopped, tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=None) as bar:
