@@ -23,8 +23,8 @@ def diagnostics(r: Rows, top_ids_NK: tuple[Tensor, Tensor] | None = None) -> dic
     entropy_p, entropy_q = -torch.linalg.vecdot(exp_p, p), -torch.linalg.vecdot(exp_q, q)
     reverse_kl = torch.linalg.vecdot(exp_p.to(gap.dtype), gap)
     forward_kl = -torch.linalg.vecdot(exp_q.to(gap.dtype), gap)
-    k = min(DIAGNOSTIC_K, p.shape[1])
-    student_id_NK, teacher_id_NK = top_ids_NK or (top_ids(p, k), top_ids(q, k))
+    student_id_NK, teacher_id_NK = top_ids_NK or (top_ids(p, DIAGNOSTIC_K), top_ids(q, DIAGNOSTIC_K))
+    k = student_id_NK.shape[1]
     student_NK, top_teacher_NK = p.gather(1, student_id_NK), q.gather(1, teacher_id_NK)
     teacher_NK = q.gather(1, student_id_NK)         # q on the student's top k; its own top k is top_teacher_NK
     keep_NK = (student_id_NK[:, :, None] == teacher_id_NK[:, None, :]).any(2)

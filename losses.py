@@ -158,10 +158,11 @@ class Support(NamedTuple):
 
 @torch.compiler.disable         # a few indices are not worth fusing, and slower when they are
 def top_ids(x_NV: Tensor, k: int) -> Tensor:
-    """(N, k): where the k largest entries of each row are, the largest first. They lie in the k blocks with the largest
-    maxima, and only those are searched: torch.topk over a whole row of 151,936 takes a CPU ten times as long."""
+    """(N, k): where the k largest entries of each row are, or all of them, the largest first. They lie in the k blocks
+    with the largest maxima, and only those are searched: torch.topk over a whole row of 151,936 takes a CPU ten times
+    as long."""
     N, V = x_NV.shape
-    width = int(V ** 0.5)
+    k, width = min(k, V), int(V ** 0.5)
     whole = V // width * width
     if whole // width <= 2 * k:
         return x_NV.topk(k).indices
@@ -176,8 +177,7 @@ def choose_support(r: Rows, args: LossArgs) -> Support:
     """student / teacher: that side's top-k. intersection: the student's top-k that are in the teacher's too.
     union: the student's, then the teacher's that are not among them. The choice itself carries no
     gradient."""
-    k = min(args.topk, r.student_NV.shape[1])
-    student_id_NK, teacher_id_NK = top_ids(r.student_NV.detach(), k), top_ids(r.teacher_NV, k)
+    student_id_NK, teacher_id_NK = top_ids(r.student_NV.detach(), args.topk), top_ids(r.teacher_NV, args.topk)
     same_NKK = student_id_NK[:, :, None] == teacher_id_NK[:, None, :]
     everywhere = torch.ones_like(student_id_NK, dtype=torch.bool)
     id_NK, keep_NK = {
@@ -276,7 +276,7 @@ def eopd(r: Rows, args: LossArgs) -> Tensor:
     arXiv:2603.07079: where the teacher itself is unsure, one sampled token says little, so its alternatives
     are imitated as well. Added, not switched to. Readings differ on dividing q by its top-k mass
     (eopd_renormalise); p keeps its full normaliser."""
-    id_NK = top_ids(r.teacher_NV, min(args.topk, r.teacher_NV.shape[1]))
+    id_NK = top_ids(r.teacher_NV, args.topk)
     top_NK = r.teacher_NV.gather(1, id_NK)
     if args.eopd_renormalise:
         top_NK = top_NK - top_NK.logsumexp(-1, keepdim=True)

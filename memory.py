@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -135,13 +136,20 @@ def print_plan(cfg, *plan_args, device: torch.device) -> int:
     return total
 
 
+def resident(field: str) -> int:
+    """Bytes of this process, from a Linux kernel: VmRSS now, VmHWM at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(field)
+
+
 def used_memory(device: torch.device, since: int = 0) -> int:
     """Bytes: the most that was ever in use on a GPU; of a process the most resident memory, less `since`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists("/proc/self/status"):     # rusage's peak begins at that of the process that started this one
-        (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 - since
+        return resident("VmHWM") - since
     import resource     # not on Windows
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024) - since

@@ -69,12 +69,12 @@ def few_rows(logits_NV: Tensor, teacher_NV: Tensor | None, fields: dict, scale_N
     """(sum of scale_n loss_n, loss_N, diagnostics per row): what sees the vocabulary, in one function to fuse."""
     rows = Rows(upcast(logits_NV).log_softmax(-1), shared=shared, **fields,
                 teacher_NV=None if teacher_NV is None else upcast(teacher_NV).log_softmax(-1))
-    as_given = shared is None or divergence in TWO_VOCABULARIES
-    loss_N = divergence(rows if as_given else on_shared(rows), args)
+    compared = rows if shared is None else on_shared(rows)
+    loss_N = divergence(rows if divergence in TWO_VOCABULARIES else compared, args)
     found = {}
     if diagnose and teacher_NV is not None:
         with torch.no_grad():
-            found = diagnostics(rows if shared is None else on_shared(rows), top_NK)
+            found = diagnostics(compared, top_NK)
     return (loss_N * scale_N).sum(), loss_N.detach(), found
 
 
@@ -89,7 +89,7 @@ def gradient_in_place(logits_NV: Tensor, teacher_NV: Tensor | None, fields: dict
     """(loss_N, diagnostics per row) of few_rows; the gradient of the logits takes their place."""
     top_NK = None
     if diagnose and teacher_NV is not None and shared is None:      # a search cannot be fused
-        top_NK = tuple(top_ids(x_NV, min(DIAGNOSTIC_K, x_NV.shape[1])) for x_NV in (logits_NV, teacher_NV))
+        top_NK = top_ids(logits_NV, DIAGNOSTIC_K), top_ids(teacher_NV, DIAGNOSTIC_K)
     leaf_NV = logits_NV.detach().requires_grad_()
     with torch.enable_grad():
         total, loss_N, found = (fused_few_rows() if compile else few_rows)(

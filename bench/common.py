@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from memory import resident  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 
@@ -80,14 +81,6 @@ def wait(device: torch.device) -> None:
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def resident(field: str) -> int:
-    """Bytes of this process, from the kernel: VmRSS now, VmHWM at most since reset_peak()."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(field)
 
 
 def reset_peak(device: torch.device) -> int:

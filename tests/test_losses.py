@@ -765,8 +765,9 @@ def run_bf16(name):
 @pytest.mark.parametrize("name", [n for n in REFERENCE if n != "policy_gradient"])
 def test_bf16_states_are_scored_in_float32(monkeypatch, name, cached):
     """cached: entries of the head's gradient that are added at a time, all or three rows.
-    fails if: a part of the head is left out, upcast leaves bfloat16 alone, or the head's gradient is summed over chunks in bfloat16. The
-    rounding of the logits themselves is part of the reference; a gradient is rounded once, like any product."""
+    fails if: a part of the head is left out, upcast leaves bfloat16 alone, or the head's gradient is summed over
+    chunks in bfloat16. The rounding of the logits themselves is part of the reference; a gradient is rounded once,
+    like any product."""
     monkeypatch.setattr(update, "CACHED_GRADIENT", cached)
     loss_N, head_grad_VD, grad_ND, tensors, token_N, scale_N = run_bf16(name)
     hidden_ND, head_VD, teacher_NE, teacher_VE = tensors

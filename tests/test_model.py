@@ -143,8 +143,8 @@ def test_greedy_text_equals_transformers(peer):
     assert rollout.response(0) == wanted
 
 
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)],
+                         ids=str)
 def test_one_query_per_slot_reads_the_keys_before_it(dtype, tolerance):
     """Grouped heads, three slots of other lengths, leftovers behind them.
     fails if: a query reads another head's keys or a leftover, or the way of one dtype forgets the mask."""

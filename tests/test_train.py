@@ -559,7 +559,8 @@ def test_memory_plan_equals_the_tensors_of_a_step(setup, monkeypatch, flags):
         "student copy for sampling": [] if run.actor is run.student else run.actor.parameters(),
         "KV cache": caches[0].keys + caches[0].values, "teacher hidden states": [scores.parts[0].hidden_nE]}
     plan = memory.memory_plan(cfg, run.student.config, [model.config for model in run.teachers],
-                              max(map(len, run.prompts)), VOCAB, 99, prepare.compute_dtype(cfg, torch.device("cpu")), torch.device("cpu"))
+                              max(map(len, run.prompts)), VOCAB, 99, prepare.compute_dtype(cfg, run.student.device),
+                              run.student.device)
     assert {name: plan[name] for name in tensors} == {
         name: sum(x.numel() * x.element_size() for x in held) for name, held in tensors.items()}
 
