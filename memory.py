@@ -80,6 +80,7 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
         "activations of a micro-batch": kept_activations(s, tokens, item, cfg.gradient_checkpointing,
                                                              cfg.lora_rank),
         "logits of the slots": min(cfg.slots, sequences) * vocab_size * item,
+        "packed head of the slots": s.hidden_size * vocab_size * item if device.type == "cpu" else 0,
         "logits of a chunk": vocab_size * (2 * item * min(chunk_rows, rows) + 4 * tensors * min(at_once, rows)),
         "libraries": LIBRARIES,
         "freed blocks": FREE_HEAP if device.type == "cpu" else 0,
@@ -93,7 +94,8 @@ def memory_plan(cfg, student: ModelConfig, teachers: list[ModelConfig], prompt: 
 def peak(plan: dict[str, int]) -> int:
     """What is there all the time, plus the larger of the two phases: the cache is freed before the update
     begins."""
-    rollout, update = ("KV cache", "logits of the slots"), ("activations of a micro-batch", "logits of a chunk")
+    rollout = "KV cache", "logits of the slots", "packed head of the slots"
+    update = "activations of a micro-batch", "logits of a chunk"
     return (sum(size for name, size in plan.items() if name not in rollout + update)
             + max(sum(plan.get(name, 0) for name in phase) for phase in (rollout, update)))
 
