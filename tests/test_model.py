@@ -345,6 +345,21 @@ def test_flash_attention_gets_what_makes_it_the_same(flash):
         assert (hidden_BTD - wanted).abs().max() < 1e-5
 
 
+def test_flash_operator_accepts_what_it_is_given(monkeypatch):
+    """On the meta device torch checks the operator's arguments without a GPU; nothing may ask for a value.
+    fails if: an argument is unknown to the installed torch, a length goes to the host, or no gradient comes back."""
+    for file in ("attention", "model"):
+        monkeypatch.setattr(f"{file}.flash_ready", lambda device, dtype, head_dim: dtype == torch.bfloat16)
+    model = small("qwen3", head_dim=8, num_attention_heads=6, num_key_value_heads=2).to("meta")
+    model.compute_dtype = torch.bfloat16
+    model(tokens(1, 18).to("meta"), lengths=[5, 1, 12]).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.layers.parameters())
+    cache = KVCache(model.config, 5, 40, torch.bfloat16, torch.device("meta"))
+    assert cache.flash and model.packs
+    cache.longest = 7
+    assert model(tokens(3, 1).to("meta"), cache).shape == (3, 1, model.config.hidden_size)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_compute_the_same_gradients(monkeypatch, checkpointing):
     """Traced as for a real backend, run as plain torch; two layers and three shapes are one or two traces, and a pass
