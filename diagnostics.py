@@ -12,7 +12,7 @@ DIAGNOSTIC_K = 16       # the k of Rethinking OPD's metrics (arXiv:2604.13016, s
 
 
 def diagnostics(r: Rows, top_ids_NK: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
-    """Per row, no gradient.  Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens
+    """Per row, no gradient. Rethinking OPD, arXiv:2604.13016, section 2.3 and appendix B.1; I = the tokens
     in both top-16 sets. NaN where a quantity is undefined (no shared token); means skip those rows. Names
     that end in _code: as thunlp/OPD logs them, which is not as the paper defines them.
 

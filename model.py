@@ -129,10 +129,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        few = x.dtype == torch.float32 and len(x) < 8
-        if x.device.type == "cpu" and torch.compiler.is_compiling() and x.shape[1] == 1 and not few:
-            # a decode step: a CPU packs the right factor of every product anew, so better not the weight (a tenth of
-            # a step of 8 to 32 rows; eagerly, what turning costs eats that up). A few float32 rows are not packed.
+        decoding = x.device.type == "cpu" and torch.compiler.is_compiling() and x.shape[1] == 1
+        if decoding and (x.dtype != torch.float32 or len(x) >= 8):
+            # a CPU packs the right factor of every product anew, so better not the weight (a tenth of a step of 8 to 32
+            # rows; eagerly, what turning costs eats that up). Fewer float32 rows are not packed. The number of rows is
+            # asked last: in a compiled layer of the update it would be one more thing to compile for.
             y = (weight @ x[:, 0].T).T[:, None]
             y = y if bias is None else y + bias
         else:

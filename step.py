@@ -280,9 +280,10 @@ def warm_up(cfg, run: Setup) -> None:
     """Compile by a first use: a few short responses are written, read by every teacher and learned from, which moves
     nothing."""
     one_each = {run.teacher_of[i]: i for i in range(len(run.prompts))}
-    asked = (list(one_each.values()) * 11)[:11]
-    # 7 of 11 slots live, 13 tokens or more: sizes that happen to be equal are compiled as one, and again when they part
-    limits = [1] * 4 + [min(12, cfg.max_new_tokens)] * 7
+    asked = (list(one_each.values()) * 13)[:13]
+    # 9 of 13 slots live, then 5, then 1, for each of which a decode step is compiled apart; 13 tokens or more: sizes
+    # that happen to be equal are compiled as one, and again when they part
+    limits = [min(n, cfg.max_new_tokens) for n in [1] * 4 + [4] * 4 + [8] * 4 + [12]]
     rollout = generate(run.actor, [run.prompts[i] for i in asked], max_new_tokens=limits, stop_ids=(),
                        vocab_size=run.vocab_size, compile=True)
     crossing = cross(cfg, run, rollout, True)

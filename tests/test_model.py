@@ -362,9 +362,10 @@ def test_flash_operator_accepts_what_it_is_given(monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_compute_the_same_gradients(monkeypatch, checkpointing):
-    """Traced as for a real backend, run as plain torch; two layers and three shapes are one or two traces, and a pass
-    with a cache none.
-    fails if: compile_layers() compiles each layer, each length, or passes through the cache as well."""
+    """Traced as for a real backend, run as plain torch; two layers and three shapes are one or two traces, more rows
+    and a pass with a cache none.
+    fails if: compile_layers() compiles each layer, each length, anew from some number of rows on, or passes through
+    the cache as well."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
     torch._dynamo.reset()
@@ -376,7 +377,7 @@ def test_compiled_layers_compute_the_same_gradients(monkeypatch, checkpointing):
     assert found.keys() == wanted.keys() and all(gap(found[name], wanted[name]) < 1e-5 for name in wanted)
     model(rows), model(rows[:2, :7])
     traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    model(rows, KVCache(model.config, 3, 20, torch.float32, "cpu"))
+    model(tokens(9, 11)), model(tokens(40, 5)), model(rows, KVCache(model.config, 3, 20, torch.float32, "cpu"))
     assert 1 <= traced <= 3 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced
 
 

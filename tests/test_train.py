@@ -588,7 +588,8 @@ def test_planned_activations_are_what_autograd_keeps(family, rank, dtype):
     assert out.requires_grad and 0.9 < found / most < 1.0
 
 
-@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True, "lora_rank": 2}, {"teacher": "self"}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"samples": 8}, {"gradient_checkpointing": True, "lora_rank": 2},
+                                   {"teacher": "self"}], ids=str)
 def test_a_compiled_run_learns_the_same(setup, monkeypatch, flags):
     """Traced as for a real backend, run as plain torch.
     fails if: the warm-up leaves a gradient, moves a weight or leaves something for the first step to compile, the loss
