@@ -22,35 +22,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from support.errors import UserError, one_line, read_json
+
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")      # where data sets keep a message's reasoning
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
               "generation_config.json")
 OTHER_TEMPLATE = "give another chat template (the path of a .jinja file)"
-
-
-class UserError(ValueError):
-    """Wrong input, said in one sentence: what is wrong, where, and what to do."""
-
-
-def one_line(thing) -> str:
-    return " ".join(str(thing).split()) or type(thing).__name__
-
-
-def read_json(path: Path, optional: bool = False) -> dict:
-    """The object in a JSON file; {} for a missing `optional` one. UserError names the file and the line."""
-    if optional and not Path(path).exists():
-        return {}
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); is the folder complete?") from error
-    except (ValueError, RecursionError) as error:   # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"{path} is not JSON ({one_line(error)}); download or write it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object; download it again")
-    return value
 
 
 class GenerationTag(Extension):
