@@ -28,9 +28,39 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import parallel
-from tokenizer import UserError, read_json
+from support.errors import UserError, one_line, read_json
 
 TEMPORARY = ".unfinished"
+MARK = {"recipe", "student", "teacher", "steps"}       # keys of a run's config.json, which no other file has together
+NAME_BYTES = 200        # a name of 255 bytes is the most that file systems take, and ours grow by a suffix
+
+
+def run_path(runs: str, name: str) -> Path:
+    """The folder of run `name` in the folder `runs`, resolved: what is looked at is what is written to.
+
+    A name is one visible part of a path. `..` would make the folder above a run, which --fresh deletes.
+    """
+    wrong = ("is empty" if not name else "begins with a dot" if name.startswith(".") else
+             "holds a path separator" if "/" in name or os.sep in name else
+             "holds a character that cannot be printed" if not name.isprintable() else
+             f"is longer than {NAME_BYTES} bytes" if len(os.fsencode(name)) > NAME_BYTES else "")
+    if wrong:
+        raise UserError(f"--name {one_line(ascii(name))[:80]} {wrong}; pass a plain name, and the folder above it as "
+                        f"--runs")
+    try:
+        str(runs).encode()
+        path, here = (Path(runs).expanduser() / name).resolve(), Path.cwd()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"--runs {ascii(str(runs))[:80]} is no folder ({one_line(error)}); pass another") from error
+    return path.relative_to(here) if path.is_relative_to(here) else path     # as short as it can be printed
+
+
+def is_run(path: Path) -> bool:
+    """Does this folder bear the mark of a run, a config.json with a run's keys?"""
+    try:
+        return MARK <= read_json(path / "config.json").keys()
+    except UserError:
+        return False
 
 
 def flush(path: Path) -> None:
@@ -95,6 +125,7 @@ class RunFolder:
         self.refuse_foreign()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.refuse_foreign()       # the path may lead elsewhere now that the folders above it exist
             self.lock = open(self.path / ".lock", "w")
         except OSError as error:
             raise UserError(f"cannot write to {self.path} ({error.strerror}); choose another --runs "
@@ -114,13 +145,13 @@ class RunFolder:
             remove(leftover)
 
     def refuse_foreign(self) -> None:
-        """--fresh deletes what is here, so it had better be a run: `--name ..` is a slip away."""
+        """Only a run, or a folder in which nothing is but what a start that was cut short leaves, is touched."""
         try:
-            names = sorted(item.name for item in self.path.iterdir()) if self.path.is_dir() else []
+            names = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set()
         except OSError as error:
             raise UserError(f"cannot read {self.path} ({error.strerror}); choose another --runs folder") from error
-        if names and ".lock" not in names:      # the first thing a run writes and the last that --fresh would take
-            raise UserError(f"{self.path} exists and is no run (it holds {names[0]}); pass another --name")
+        if names - {".lock", "config.json" + TEMPORARY} and not is_run(self.path):
+            raise UserError(f"{self.path} exists and is no run (it holds {min(names)}); pass another --name")
 
     def empty(self) -> None:
         # config.json goes last: a deletion that is cut short must still know whose remains these are

@@ -187,7 +187,7 @@ def run_name(cfg: Config, given: list[str]) -> str:
     so."""
     parts = [f"{key}={str(getattr(cfg, key)).rstrip('/').rsplit('/', 1)[-1]}" for key in given
              if key not in ("recipe", *NOT_THE_RUN)]
-    return re.sub(r"[^\w.=+,-]+", "_", ",".join([cfg.recipe, *parts]))[:200]
+    return re.sub(r"[^\w.=+,-]+", "_", ",".join([cfg.recipe, *parts])).encode()[:200].decode(errors="ignore")
 
 
 AT_LEAST = {

@@ -16,14 +16,13 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import parallel
-from checkpoint import RunFolder, trainable
+from checkpoint import RunFolder, run_path, trainable
 from config import NOT_THE_RUN, Config, check, parse, run_name
 from eval import evaluate, metrics_of
 from memory import give_back_freed_memory, size_text, used_memory
@@ -259,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg, given = parse(sys.argv[1:] if argv is None else argv)
         check(cfg)
         parallel.check(cfg)
-        path = Path(cfg.runs) / (cfg.name or run_name(cfg, given))
+        path = run_path(cfg.runs, cfg.name or run_name(cfg, given))
         lasting = {key: value for key, value in asdict(cfg).items() if key not in NOT_THE_RUN}
         look_only = cfg.plan or cfg.report_only
         # os.path.exists: False where the path itself is impossible
