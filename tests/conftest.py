@@ -42,10 +42,8 @@ def write_checkpoint(folder, seed, **config):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END, "top_p": 0.9}))
 
 
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory):
-    """A folder with student/, teacher/, train.jsonl (10 problems) and test.jsonl (4)."""
-    folder = tmp_path_factory.mktemp("pair")
+def write_pair(folder: Path) -> Path:
+    """student/, teacher/, train.jsonl (10 problems) and test.jsonl (4), in a folder that is there."""
     write_checkpoint(folder / "student", 0, model_type="qwen3", vocab_size=24, hidden_size=16,
                      intermediate_size=24, num_hidden_layers=1, head_dim=8, tie_word_embeddings=True)
     write_checkpoint(folder / "teacher", 1, model_type="llama", vocab_size=32, hidden_size=24,
@@ -55,6 +53,11 @@ def pair(tmp_path_factory):
                     "solution": f"{a}+{b}={(a + b) % 10}"} for a, b in problems]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture
