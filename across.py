@@ -85,11 +85,11 @@ class Crossing:
         self.readings: dict[int, Reading] = {}
 
     def read(self, number: int, model: Transformer, sequence_b: Tensor, rows: Tensor,
-             seen: Rollout) -> tuple[Part, Tensor, Tensor]:
-        """(Part, effective log q, entropy) of `rows`, those of the sequences sequence_b, by teacher `number`.
+             seen: Rollout) -> tuple[Part, dict[str, Tensor]]:
+        """(Part, signals of teacher.Scores) of `rows`, those of the sequences sequence_b, by teacher `number`.
 
-        `seen` holds the prompts in the teacher's ids. The entropy is the mean over the teacher's tokens of
-        the chunk, 0 where there is none."""
+        `seen` holds the prompts in the teacher's ids. logp_N is the effective log q; entropy_N the mean over the
+        teacher's tokens of the chunk, NaN where there is none. A signal that is not named here is NaN everywhere."""
         bridge = self.bridges[number]
         begun = time.perf_counter()
         prompts = {b: seen.tokens_BT[b, :seen.prompt_len_B[b]].tolist() for b in sequence_b.tolist()}
@@ -122,11 +122,12 @@ class Crossing:
                                for chunk in (chunk_n, chunk_m)], 1)
         self.size_N2[rows] = torch.where(chunk_n[:, None] >= 0, size_c2[chunk_n], 0)
         mean_c = chunk_sums(entropy_m, chunk_m, count) / size_c2[:, 1].clamp(min=1)
-        entropy_n = torch.where(chunk_n >= 0, mean_c[chunk_n], 0.0).to(effective_n.dtype)
+        entropy_n = torch.where(chunk_n >= 0, mean_c[chunk_n], torch.nan)
         shared = tuple(ids.to(self.device) for ids in bridge.shared)
         if not kept:        # a row that stands beside nothing is still looked up
             hidden_mE = head_VE.new_zeros(1, head_VE.shape[1])
-        return Part(sequence_b, place_N, hidden_mE, head_VE, shared), effective_n, entropy_n
+        return (Part(sequence_b, place_N, hidden_mE, head_VE, shared),
+                {"logp_N": effective_n, "entropy_N": entropy_n.to(effective_n.dtype)})
 
     def read_texts(self, bridge: Bridge, prompts: dict[int, list[int]], context: int) -> None:
         """How the teacher reads each response, or why it cannot."""

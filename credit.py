@@ -295,7 +295,10 @@ def fire(s: Signals, args: CreditArgs) -> Tensor:
         here_B = part_B == part
         keep_B[here_B] = score_B[here_B] >= score_B[here_B].quantile(args.fire_drop)
     floor = 1e-6        # all-zero entropies: the official code's floor, not a repair of ours
-    confident_N = 1 - s.teacher_entropy_N / largest(s.teacher_entropy_N, s, args.fire_max).clamp(min=floor)
+    # NaN where a teacher with another tokenizer has no token to answer: such a row has no loss of its own, and its
+    # entropy counts as 0 among the others of the response
+    teacher_entropy_N = s.teacher_entropy_N.nan_to_num(0.0)
+    confident_N = 1 - teacher_entropy_N / largest(teacher_entropy_N, s, args.fire_max).clamp(min=floor)
     confused_N = s.student_entropy_N / largest(s.student_entropy_N, s, args.fire_max).clamp(min=floor)
     weight_N = (1 + args.fire_alpha * confident_N.clamp(0, 1)) * (1 + args.fire_beta * confused_N.clamp(0, 1))
     return weight_N / sequence_mean(weight_N, s)[s.sequence_N] * keep_B[s.sequence_N]

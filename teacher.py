@@ -16,7 +16,7 @@ teacher 64 MiB). update.py projects them a few rows at a time.
 Whatever it sees, a teacher scores the same response tokens, so rows keep their order. Not here: which loss is
 used.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,12 +47,16 @@ class Part:
 @dataclass(frozen=True)
 class Scores:
     """What the teachers say about the N response tokens of a rollout, in Rollout.rows order. No gradient
-    anywhere."""
+    anywhere. A signal of one number per token is a line in `told` and a field here; it is NaN on rows for which a
+    teacher has none to give (another tokenizer: Crossing.read), so that no rule takes a filling for an opinion."""
     logp_N: Tensor | None       # float32: log q(token) at the sampling temperature; None when nobody asked
     entropy_N: Tensor | None    # float32, nats
     teacher_B: Tensor       # int64: which teacher read a sequence
     parts: list[Part]
     crossing: "Crossing | None" = None      # when some teacher has another tokenizer: which rows it could score
+
+
+SIGNALS = tuple(field.name for field in fields(Scores) if field.name.endswith("_N"))
 
 
 def states(model: Transformer, rollout: Rollout, sequence_b: Tensor, place_N: Tensor, max_tokens: int) -> Tensor:
@@ -68,6 +72,12 @@ def states(model: Transformer, rollout: Rollout, sequence_b: Tensor, place_N: Te
 def log_probs(hidden_nE: Tensor, head_VE: Tensor, temperature: float) -> Tensor:
     """(n, V), float32 at least."""
     return (upcast(hidden_nE @ head_VE.T) / temperature).log_softmax(-1)
+
+
+def told(logp_NV: Tensor, token_N: Tensor) -> dict[str, Tensor]:
+    """The signals of Scores, by name, of a teacher that reads the student's tokens."""
+    return {"logp_N": logp_NV.gather(1, token_N[:, None]).squeeze(1),
+            "entropy_N": -(logp_NV.exp() * logp_NV).sum(-1)}
 
 
 def distributions(hidden_nE: Tensor, head_VE: Tensor, temperature: float, chunk_rows: int):
@@ -97,15 +107,20 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
     token_N = rollout.rows(rollout.tokens_BT)
     sequence_N = rollout.sequence_N
     dtype = torch.promote_types(models[0].compute_dtype, torch.float32)
-    logp_N, entropy_N = (torch.zeros(len(token_N), dtype=dtype, device=device) for _ in range(2))
+    found = {name: torch.full((len(token_N),), torch.nan, dtype=dtype, device=device) for name in SIGNALS}
     parts = []
+
+    def note(rows: Tensor, signals: dict[str, Tensor]) -> None:
+        for name, value in signals.items():
+            found[name][rows] = value
     for number, model in enumerate(models):
         sequence_b = (teacher_B == number).nonzero().squeeze(1)
         if not len(sequence_b):
             continue
         rows = (teacher_B[sequence_N] == number).nonzero().squeeze(1)
         if crossing and crossing.bridges[number]:
-            part, logp_N[rows], entropy_N[rows] = crossing.read(number, model, sequence_b, rows, seen)
+            part, signals = crossing.read(number, model, sequence_b, rows, seen)
+            note(rows, signals)
             parts.append(part)
             continue
         rows, sequence_b = rows[parallel.owned(sequence_N[rows])], sequence_b[parallel.owned(sequence_b)]
@@ -114,13 +129,12 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
         head_VE = model.head_weight()[:vocab_size].to(model.compute_dtype)
         hidden_nE = states(model, seen, sequence_b, place_N, max_tokens)
         for at, logp_NV in distributions(hidden_nE, head_VE, temperature, chunk_rows) if tokens_too else ():
-            logp_N[rows[at]] = logp_NV.gather(1, token_N[rows[at], None]).squeeze(1)
-            entropy_N[rows[at]] = -(logp_NV.exp() * logp_NV).sum(-1)
+            note(rows[at], told(logp_NV, token_N[rows[at]]))
         parts.append(Part(sequence_b, place_N, hidden_nE, head_VE))
     if not tokens_too:
-        return Scores(None, None, teacher_B, parts)
-    logp_N, entropy_N = (parallel.joined(x_N, parallel.owned(sequence_N)) for x_N in (logp_N, entropy_N))
-    return Scores(logp_N, entropy_N, teacher_B, parts, crossing)
+        return Scores(**dict.fromkeys(SIGNALS), teacher_B=teacher_B, parts=parts)
+    return Scores(**parallel.joined(found, parallel.owned(sequence_N)), teacher_B=teacher_B, parts=parts,
+                  crossing=crossing)
 
 
 @torch.no_grad()
