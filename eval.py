@@ -18,7 +18,6 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,81 +25,10 @@ import torch
 
 from model import set_threads
 from rollout import generate
-from support.verifier import VERIFIERS, canonical, extract, grade, marked
+from support.problems import Problem, load_problems
+from support.verifier import VERIFIERS, canonical, extract, grade
 from tokenizer import Tokenizer, UserError
 from weights import checkpoint_folder, load_model
-
-PROMPT_FIELDS = ("prompt", "messages", "problem", "question")
-ANSWER_FIELDS = ("answer", "solution", "label", "ground_truth")
-
-
-@dataclass(frozen=True)
-class Problem:
-    prompt: str | list[dict]    # text, or messages {"role", "content"} that do not end with the assistant
-    answer: str | None          # what grade() compares with
-    solution: str | None        # reference solution in full, where the record has one
-    fields: dict                # the record as read
-    line: int                   # its line in the file, from 1
-
-
-def load_problems(path: str | Path, *, need_answer: bool = False, limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems of a .jsonl file, one per line; blank lines are skipped.
-
-    prompt     `prompt`, `messages`, `problem` or `question`: text or a chat, without a last assistant turn.
-    answer     `answer`, `solution`, `label`, `ground_truth`, in this order. Text with \\boxed{} or ####, as
-               in GSM8K, is a worked solution: the answer is what it marks. A `solution` that marks nothing
-               comes after the others; last is what a `response` or that assistant turn marks.
-    solution   `solution`, else `response`, else that assistant turn, else an `answer` that is worked out.
-    Raises     UserError that names file and line.
-    """
-    path, problems = Path(path), []
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1, not {limit}")
-    with open(path, "rb") as file:      # as bytes only \n ends a line; str.splitlines() also cuts at U+2028
-        for line, raw in enumerate(file, 1):
-            where = f"{path}, line {line}"
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-                record = json.loads(text) if text else None
-            except (ValueError, RecursionError) as error:       # no JSON, no utf-8, or an endless integer
-                raise UserError(f"{where}: not valid JSON ({getattr(error, 'msg', error)})") from None
-            if not text:
-                continue
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected a JSON object, found a {type(record).__name__}")
-            problems.append(_problem(record, line, where))
-            if need_answer and problems[-1].answer is None:
-                raise UserError(f"{where}: no answer, text or a number, in any of {', '.join(ANSWER_FIELDS)}")
-            if len(problems) == limit:
-                break
-    if not problems:
-        raise UserError(f"{path}: no problems in this file")
-    return problems
-
-
-def _problem(record: dict, line: int, where: str) -> Problem:
-    field = next((name for name in PROMPT_FIELDS if record.get(name) is not None), None)
-    if field is None:
-        raise UserError(f"{where}: no prompt; one of {', '.join(PROMPT_FIELDS)} is needed")
-    prompt, reply = record[field], ""
-    if not isinstance(prompt, (str, list)):
-        raise UserError(f"{where}: `{field}` must be text or a list of messages, not {type(prompt).__name__}")
-    if isinstance(prompt, list):
-        for turn in prompt:
-            if not (isinstance(turn, dict) and type(turn.get("role")) is type(turn.get("content")) is str):
-                raise UserError(f"{where}: a message of `{field}` needs `role` and `content`, both text")
-        if prompt and prompt[-1]["role"] == "assistant":
-            prompt, reply = prompt[:-1], prompt[-1]["content"]
-    if not prompt:
-        raise UserError(f"{where}: `{field}` is empty")
-    texts = {name: str(record[name]).strip() if isinstance(record.get(name), (str, int, float)) else ""
-             for name in (*ANSWER_FIELDS, "response")}
-    answer = (texts["answer"] or marked(texts["solution"]) or texts["label"] or texts["ground_truth"]
-              or texts["solution"] or marked(texts["response"] or reply) or "")
-    solution = texts["solution"] or texts["response"] or reply or (answer if marked(answer) else "")
-    return Problem(prompt, marked(answer) or answer or None, solution or None, record, line)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

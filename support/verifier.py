@@ -100,8 +100,8 @@ def _number(text: str, percent: bool) -> Decimal | Fraction | None:
     return (-value if sign == "-" else value) / (100 if percent else 1)
 
 
-def grade(text: str, answer: str, verifier: str = "auto") -> bool:
-    """True if the response `text` gives `answer`. A response without an answer is wrong, never an error.
+def grade(text: str, answer: str | tuple[str, ...], verifier: str = "auto") -> bool:
+    """True if the response `text` gives `answer` (of several, any). A response without one is wrong, never an error.
 
     Where a verifier looks:
       boxed        the last \\boxed{} or \\fbox{}, braces balanced; one that never closes is no answer
@@ -122,6 +122,8 @@ def grade(text: str, answer: str, verifier: str = "auto") -> bool:
     """
     if verifier not in VERIFIERS:
         raise UserError(f"unknown verifier {verifier!r}: choose from {', '.join(VERIFIERS)}")
+    if isinstance(answer, tuple):
+        return any(grade(text, one, verifier) for one in answer)
     truth = marked(answer) or answer
     if verifier == "math-verify":
         try:

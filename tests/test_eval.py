@@ -93,16 +93,16 @@ BAD_LINES = [   # the third line of a file -> what the sentence says
     ("[" * 200_000, "not valid JSON"),
     ('["prompt"]', "expected a JSON object, found a list"),
     ('null', "expected a JSON object, found a NoneType"),
-    ('{"text": "a", "answer": "1"}', "no prompt; one of prompt, messages, problem, question is needed"),
+    ('{"text": "a", "answer": "1"}', "no prompt; one of prompt, messages, problem, question, query, conversations, instruction is needed"),
     ('{"prompt": 3, "answer": "1"}', "`prompt` must be text or a list of messages, not int"),
     ('{"prompt": {"role": "user"}, "answer": "1"}', "`prompt` must be text or a list of messages, not dict"),
     ('{"messages": ["hi"], "answer": "1"}', "a message of `messages` needs `role` and `content`, both text"),
     ('{"messages": [{"role": "user", "content": null}]}', "needs `role` and `content`, both text"),
     ('{"messages": [{"role": "assistant", "content": "x"}]}', "`messages` is empty"),
     ('{"prompt": "", "answer": "1"}', "`prompt` is empty"),
-    ('{"prompt": "a"}', "no answer, text or a number, in any of answer, solution, label, ground_truth"),
+    ('{"prompt": "a"}', "no answer, text or a number, in any of answer, final_answer, solution, label, ground_truth"),
     ('{"prompt": "a", "answer": "  "}', "no answer"),
-    ('{"prompt": "a", "answer": ["1"]}', "no answer"),
+    ('{"prompt": "a", "answer": [" ", {"a": 1}, []]}', "no answer"),
 ]
 
 
@@ -119,7 +119,7 @@ def test_a_bad_line_is_one_sentence_with_file_and_line(tmp_path, line, sentence)
 def test_a_bad_file_is_one_sentence(tmp_path):
     """fails if: `if not problems: raise` is removed, or json.JSONDecodeError alone is caught"""
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    for path, sentence in ((tmp_path / "none.jsonl", "no such file"), (tmp_path, "no such file"),
+    for path, sentence in ((tmp_path / "none.jsonl", "no such file"), (tmp_path, "is a folder, a pipe or a device"),
                            (write(tmp_path / "empty.jsonl"), "no problems in this file"),
                            (write(tmp_path / "blank.jsonl", "", " "), "no problems in this file"),
                            (tmp_path / "latin.jsonl", "line 1: not valid JSON")):
