@@ -131,7 +131,7 @@ RECIPES = {     # name -> overrides of Config; the paper beside it
     "lsm": dict(divergence="topk_reverse_kl", support="teacher",
                 topk_form="renormalised"),                      # 2603.25562, teacher top-k
     "sft": dict(divergence="cross_entropy", lmbda=0.0),         # cross-entropy on given responses
-    "grpo": dict(advantage="grpo", **PG, **GROUPS),             # GRPO 2402.03300: no teacher
+    "grpo": dict(advantage="grpo", teacher="none", **PG, **GROUPS),     # GRPO 2402.03300
     "minillm": dict(advantage="opd", discount=1.0, **PG),       # MiniLLM 2306.08543: return-to-go
     "fire": dict(weight="fire", reduction="sequence", **PG),    # FiRe-OPD 2606.02684, eqs. 4-9
     "multi": dict(teacher=f"low={TOY / 'teacher_low'},high={TOY / 'teacher_high'}", route="kind",
@@ -197,6 +197,15 @@ AT_LEAST = {
         "cold_start_steps", "pts_weight", "skip_first", "loss_first_n", "fire_alpha", "fire_beta", "chunk_clamp",
         "max_chunk"),
 }
+AT_MOST = {     # far above what makes sense: past these a run would only fill memory, or the clock would never end it
+    10**3: ("threads", "pts_samples", "updates"),
+    10**4: ("lora_rank", "topk"),
+    10**6: ("problems", "samples", "eval_k"),
+    10**9: ("steps", "max_new_tokens", "eval_max_new_tokens", "warmup_steps", "cold_start_steps", "slots", "chunk_rows",
+            "micro_batch_tokens", "eval_every", "eval_limit", "save_every", "skip_first", "loss_first_n", "max_chunk"),
+}
+LOWEST_TEMPERATURE = 0.01
+LARGEST = 1e30      # of a number with a fraction: float32 products of larger ones overflow
 SHARES = ("mix", "ema", "fire_drop", "tip_keep", "keep", "reopold_entropy", "min_coverage", "max_dropped")
 
 
@@ -210,6 +219,14 @@ def check(cfg: Config) -> None:
         for name in names:
             if not getattr(cfg, name) >= least:
                 raise UserError(f"--{name} must be at least {least}, not {getattr(cfg, name)}")
+    for most, names in AT_MOST.items():
+        for name in names:
+            if not getattr(cfg, name) <= most:
+                raise UserError(f"--{name} must be at most {most:,}, not {getattr(cfg, name)}")
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type is float and not abs(value) <= LARGEST and not (f.name == "max_grad_norm" and value == math.inf):
+            raise UserError(f"--{f.name} must be a finite number, at most {LARGEST:g}, not {value}")
     for name in ("wandb", "tensorboard"):
         if getattr(cfg, name) and importlib.util.find_spec(name) is None:
             raise UserError(f"--{name}: that package is not installed; pip install {name}, or leave the flag out")
@@ -221,14 +238,18 @@ def check(cfg: Config) -> None:
 def ranges(cfg: Config) -> list[tuple[bool, str]]:
     """Values that cannot be right, whatever the other flags say: (whether it holds, what to say if not)."""
     return [
-        (0 < cfg.lr < math.inf, "--lr must be above 0 and finite"),
-        (0 < cfg.lora_alpha < math.inf, "--lora_alpha must be above 0 and finite"),
-        (cfg.weight_decay < math.inf, "--weight_decay must be finite"),
+        (0 < cfg.lr <= 100, "--lr must be above 0 and at most 100: AdamW moves every weight by about this much a step"),
+        (cfg.lora_alpha > 0, "--lora_alpha must be above 0"),
+        (cfg.lr * cfg.weight_decay < 1,
+         "--lr times --weight_decay must be below 1: AdamW multiplies every weight by 1 minus that at each step"),
+        (cfg.problems * cfg.samples <= 10**6, "--problems times --samples must be at most a million responses a step"),
         (cfg.max_grad_norm > 0, "--max_grad_norm must be above 0; inf never clips"),
         (cfg.seed < 2**31, "--seed must be below 2**31"),
-        (0 < cfg.temperature < math.inf,
-         "--temperature must be above 0 and finite: a greedy rollout is no sample of the student"),
-        (cfg.eval_temperature < math.inf, "--eval_temperature must be finite"),
+        (LOWEST_TEMPERATURE <= cfg.temperature <= 1 / LOWEST_TEMPERATURE,
+         f"--temperature must lie between {LOWEST_TEMPERATURE:g} and {1 / LOWEST_TEMPERATURE:g}: a greedy rollout is no "
+         f"sample of the student, and logits are divided by it"),
+        (cfg.eval_temperature == 0 or LOWEST_TEMPERATURE <= cfg.eval_temperature <= 1 / LOWEST_TEMPERATURE,
+         f"--eval_temperature must be 0 (greedy) or lie between {LOWEST_TEMPERATURE:g} and {1 / LOWEST_TEMPERATURE:g}"),
         (0 <= cfg.lmbda <= 1, "--lmbda is a probability between 0 and 1"),
         (0 <= cfg.skew < 1, "--skew must be at least 0 and below 1"),
         *((0 <= getattr(cfg, name) <= 1, f"--{name} is a share between 0 and 1") for name in SHARES),
@@ -251,6 +272,8 @@ def combinations(cfg: Config) -> list[tuple[bool, str]]:
          "reverse_kl for those"),
         (cfg.lmbda == 1 or cfg.divergence not in losses.ON_SAMPLES_ONLY,
          f"{cfg.divergence} is only right on the student's own samples: keep --lmbda 1"),
+        (cfg.divergence != "k2" or cfg.updates == 1,
+         "k2 is only right on fresh samples: keep --updates 1, or use --divergence policy_gradient"),
         (cfg.divergence != "cross_entropy" or cfg.lmbda < 1,
          "cross_entropy on the student's own samples has zero expected gradient: lower --lmbda"),
         (cfg.weight == "none" or cfg.lmbda == 1,

@@ -3,7 +3,7 @@
 Place in the loop:  [DATA] -> rollout -> teacher -> credit -> losses.
 
 Order comes from (seed, step) alone, so a resumed run sees the same problems. What a problem and a right
-answer are is eval.py's business.
+answer are is said in support/.
 """
 import math
 import re
@@ -11,26 +11,22 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from eval import Problem
+from support.problems import Problem
 
 
-def pick(total: int, count: int, step: int, seed: int) -> list[int]:
-    """Indices of this step's problems: every epoch is a new permutation of all of them."""
-    places = range(step * count, (step + 1) * count)
+def pick(total: int, places: range, seed: int) -> list[int]:
+    """The problems at these places of an endless list: every epoch is a new permutation of all of them."""
     orders = {epoch: np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(total)
               for epoch in {place // total for place in places}}
     return [int(orders[place // total][place % total]) for place in places]
 
 
-def pick_mixed(first: int, second: int, share: float, count: int, step: int, seed: int) -> list[int]:
-    """`count` problems, in the long run `share` of them from the second file, whose indices start at
+def pick_mixed(first: int, second: int, share: float, places: range, seed: int) -> list[int]:
+    """The same list when in the long run `share` of it comes from the second file, whose indices start at
     `first`."""
-    def until(step: int) -> int:        # problems asked of the second file before this step
-        return math.floor(step * count * share)
-    start, stop = until(step), until(step + 1)
-    ours = [pick(first, 1, place, seed)[0] for place in range(step * count - start, (step + 1) * count - stop)]
-    theirs = [first + pick(second, 1, place, seed + 2**31)[0] for place in range(start, stop)] if second else []
-    return ours + theirs
+    start, stop = (math.floor(place * share) for place in (places.start, places.stop))
+    ours = pick(first, range(places.start - start, places.stop - stop), seed)
+    return ours + [first + i for i in pick(second, range(start, stop), seed + 2**31)]
 
 
 # What the teacher reads when it knows more than the student

@@ -21,7 +21,6 @@ checkpoints, rope types other than default, linear and llama3.
 import contextlib
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,75 +30,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import KVCache, Packing, attend, flash_ready
-from tokenizer import UserError
+from support.errors import UserError
+from support.model_config import ModelConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What config.json says, under config.json's own names; `raw` keeps the file for saving."""
-    model_type: str
-    vocab_size: int                 # rows of the embedding, padding rows included
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: dict                      # rope_theta, rope_type, and the type's own numbers
-    context: int                    # longest sequence: max_position_embeddings, or the sliding window if shorter
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    raw: dict
-
-    @staticmethod
-    def from_dict(raw: dict, where: str = "config.json") -> "ModelConfig":
-        """Reads both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
-        family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(f"{where}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [key for key in needed if not isinstance(raw.get(key), int)]:
-            raise UserError(f"{where}: no whole number for {', '.join(missing)}; is this a complete checkpoint?")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-        if raw.get("quantization_config"):
-            raise UserError(f"{where}: quantised checkpoints are not supported; use the bf16 or fp32 one")
-        heads = raw["num_attention_heads"]
-        default_head_dim = 128 if family == "qwen3" else raw["hidden_size"] // heads
-        bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
-        context = raw.get("max_position_embeddings") or 2048
-        windowed = family == "mistral" or raw.get("use_sliding_window", False)
-        window = raw.get("sliding_window", 4096) if windowed else None
-        return ModelConfig(
-            model_type=family, **{key: raw[key] for key in needed},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or default_head_dim,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6), rope=rope_settings(raw, where),
-            context=min(context, window) if window else context,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=bias or family == "qwen2", o_bias=bias,
-            mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama", raw=raw)
-
-
-def rope_settings(raw: dict, where: str) -> dict:
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    needs = {"default": (), "linear": ("factor",),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope["rope_type"] not in needs:
-        raise UserError(f"{where}: rope type {rope['rope_type']!r} is not supported; known are {', '.join(needs)}")
-    if missing := [key for key in needs[rope["rope_type"]] if key not in rope]:
-        raise UserError(f"{where}: rope type {rope['rope_type']!r} needs {', '.join(missing)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported")
-    return rope
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -232,6 +166,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.title = "the model"       # its part in the run, for messages: the student, the teacher
         self.model = Body(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -316,6 +251,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             copy = Transformer(self.config, dtype).to(dtype)
         copy.to_empty(device=self.device).requires_grad_(False)
+        copy.title = self.title
         copy.refresh(self)
         return copy
 

@@ -265,6 +265,7 @@ def set_up(cfg) -> tuple:
     if cfg.plan:
         sys.exit(0)
     student = load_model(folder, compute_dtype=dtype, device=device)
+    student.title = "the student"
     set_threads(student, cfg.threads)
     if cfg.lora_rank:
         student.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.seed)
@@ -274,6 +275,8 @@ def set_up(cfg) -> tuple:
     reference = None
     if own_reference:
         reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False)
+    for model in {*models, reference} - {student, None}:
+        model.title = "the reference" if model is reference else "the teacher"
     parallel.shard(*models, reference)
     if cfg.compile and parallel.world() == 1:       # several processes gather each layer around its own pass
         for model in {student, *models, reference} - {None}:

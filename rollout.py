@@ -29,7 +29,7 @@ from tqdm import tqdm
 import parallel
 from attention import KVCache
 from model import Transformer
-from tokenizer import UserError
+from support.errors import NotFinite, UserError
 
 PREFILL_TOKENS = 16_384     # prompt tokens per prefill pass: bounds its activations, whatever the number of slots
 CUDA_GRAPHS = True          # False: launch every kernel of every decode step
@@ -178,7 +178,8 @@ def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Te
         id_BW = block_B1 * width + torch.arange(width, device=logits_BV.device)
         x_BW = logits_BV.gather(1, id_BW.clamp(max=V - 1)).float() * scale - top_B1
         inside_cdf_BW = x_BW.exp().masked_fill(id_BW >= V, 0.0).cumsum(-1)
-        token_B1 = block_B1 * width + first_above(inside_cdf_BW, (target_B1 - before_B1).clamp(min=0))
+        # clamped: logits that are not numbers hit no entry; generate() finds them by their log-prob
+        token_B1 = (block_B1 * width + first_above(inside_cdf_BW, (target_B1 - before_B1).clamp(min=0))).clamp(max=V - 1)
     logp_B1 = logits_BV.gather(1, token_B1).float() * scale - top_B1 - total_B1.log()
     return token_B1.squeeze(1), logp_B1.squeeze(1), (total_B1.log() - mean_B1 / total_B1).squeeze(1)
 
@@ -368,7 +369,8 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
                      process takes half a minute more. Worth it where products are cheap beside the rest: bfloat16.
     numbers          of the prompts, which number the random streams; None = 0, 1, ... (parallel.py writes a part).
     Ensures  logp_BT[mask_BT] == log-softmax of a plain forward pass over the same sequences (float32: 1e-5).
-    Errors   UserError for an empty prompt, and for prompt + limit beyond the model's context.
+    Errors   UserError for an empty prompt, and for prompt + limit beyond the model's context; NotFinite when a
+             token was drawn from logits that are no numbers.
     """
     if not prompts or samples < 1 or slots < 1:
         raise UserError("generate needs at least one prompt, one sample per prompt and one slot")
@@ -400,4 +402,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
                 done[request] = result
                 bar.update()
     columns = zip(*(done[request] for request in range(len(prompt_of))))
-    return assemble(prompt_of, *map(list, columns), model.device)
+    rollout = assemble(prompt_of, *map(list, columns), model.device)
+    if not torch.isfinite(rollout.logp_BT).all():
+        raise NotFinite(f"the logits of {model.title} are not finite at temperature {temperature:g}")
+    return rollout

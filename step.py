@@ -8,6 +8,7 @@ that was left somewhere, so a resumed run does the same.
     look             rollout, rewards, scores, signals: everything before the update
     train_step       advantage and weight from credit.py, one backward pass, one optimizer step
 """
+import functools
 import json
 import math
 import time
@@ -34,13 +35,14 @@ from tokenizer import UserError
 from update import backward, row_scale, signals, update
 
 
-def learning_rate(step: int, cfg) -> float:
+def learning_rate(step: int, cfg, highest: float) -> float:
+    """Of a parameter group whose learning rate after the warm-up is `highest`."""
     if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
+        return highest * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "constant":
-        return cfg.lr
+        return highest
     done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.lr * (1 + np.cos(np.pi * done)) / 2
+    return highest * (1 + np.cos(np.pi * done)) / 2
 
 
 class Clock:
@@ -62,11 +64,25 @@ def random_of(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-def ask(cfg, run: Setup, step: int, count: int) -> list[int]:
-    """The `count` problems of this step."""
+@functools.cache
+def student_writes(seed: int, lmbda: float, step: int) -> bool:
+    """GKD's draw: does the student write the responses of this step?"""
+    return random_of(seed, 2, step).random() <= lmbda
+
+
+def count_asked(cfg, step: int) -> int:
+    """Problems that a step asks. Given solutions are one per problem, so other problems fill the batch."""
+    given = cfg.responses == "solution" and not student_writes(cfg.seed, cfg.lmbda, step)
+    return cfg.problems * cfg.samples if given else cfg.problems
+
+
+def ask(cfg, run: Setup, step: int) -> list[int]:
+    """The problems of this step: each epoch asks every problem once, whoever writes."""
+    start = step * cfg.problems if cfg.lmbda == 1 else sum(count_asked(cfg, earlier) for earlier in range(step))
+    places = range(start, start + count_asked(cfg, step))
     if not cfg.mix:
-        return pick(len(run.train), count, step, cfg.seed)
-    return pick_mixed(run.first, len(run.train) - run.first, cfg.mix, count, step, cfg.seed)
+        return pick(len(run.train), places, cfg.seed)
+    return pick_mixed(run.first, len(run.train) - run.first, cfg.mix, places, cfg.seed)
 
 
 def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollout, list[int], bool]:
@@ -75,15 +91,13 @@ def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollo
         ended = [response[-1] in run.tokenizer.stop_ids for response in responses]
         return from_responses([run.prompts[i] for i in chosen], responses, ended, run.student.device), chosen, False
     if step < cfg.cold_start_steps:
-        pool = sorted(written)
-        chosen = [pool[i] for i in pick(len(pool), cfg.problems * cfg.samples, step, cfg.seed)]
+        pool, count = sorted(written), cfg.problems * cfg.samples
+        chosen = [pool[i] for i in pick(len(pool), range(step * count, (step + 1) * count), cfg.seed)]
         rng = random_of(cfg.seed, 1, step)
         return given(chosen, [written[i][rng.integers(len(written[i]))] for i in chosen])
-    on_policy = random_of(cfg.seed, 2, step).random() <= cfg.lmbda
-    if not on_policy and cfg.responses == "solution":   # one reference each: the batch is filled with other problems
-        chosen = ask(cfg, run, step, cfg.problems * cfg.samples)
+    on_policy, chosen = student_writes(cfg.seed, cfg.lmbda, step), ask(cfg, run, step)
+    if not on_policy and cfg.responses == "solution":
         return given(chosen, [run.given[i] for i in chosen])
-    chosen = ask(cfg, run, step, cfg.problems)
     if not on_policy:
         texts = teacher_writes(cfg, run, 0, run.prompts, chosen, cfg.samples, cfg.seed * 2**32 + step)
         if not texts:
@@ -194,7 +208,11 @@ def scored(cfg, run: Setup, rollout: Rollout, asked: list[int], prompts: list[li
         return None
     teacher_B = torch.tensor([run.teacher_of[i] for i in asked], device=run.student.device)
     with run.student.lora_off() if run.adapters_off else nullcontext():
-        return read(cfg, run, run.teachers, rollout, teacher_B, prompts, crossing, tokens_too=credit_asks(cfg))
+        scores = read(cfg, run, run.teachers, rollout, teacher_B, prompts, crossing, tokens_too=credit_asks(cfg))
+    if run.teachers[0] is run.student and cfg.updates > 1:
+        # the head is the student's own parameter: the second update would be held against a teacher that has moved
+        return replace(scores, parts=[replace(part, head_VE=part.head_VE.clone()) for part in scores.parts])
+    return scores
 
 
 def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
@@ -220,7 +238,7 @@ def look(cfg, run: Setup, step: int, written: dict[int, list], clock) -> tuple:
                                         chunk_rows=run.chunk_rows)["reverse_kl"]
     group_of = {problem: group for group, problem in enumerate(dict.fromkeys(asked))}
     s = signals(rollout, torch.tensor([group_of[i] for i in asked], device=run.student.device), reward_B, scores,
-                progress=step / cfg.steps, seed=cfg.seed * 2**32 + step, **more)
+                progress=step / max(1, cfg.steps - 1), seed=cfg.seed * 2**32 + step, **more)
     return rollout, s, scores, usable_B, asked, on_policy
 
 
@@ -253,12 +271,13 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
     sizes = dict(vocab_size=run.vocab_size, chunk_rows=run.chunk_rows)
     with clock("update"):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = learning_rate(step, cfg, group.setdefault("initial_lr", group["lr"]))
+        moves = []
         for _ in range(cfg.updates):
             per_row = backward(run.student, rollout, s, scores, scale_N, advantage_N, cfg, **sizes)
             extra = teacher_sampling(cfg, run, asked, step, written, sizes)
-            metrics = update(run.student, optimizer, s, scale_N, per_row, cfg.max_grad_norm,
-                             cfg.offload_optimizer) | extra
+            moves.append(update(run.student, optimizer, s, scale_N, per_row, cfg.max_grad_norm,
+                                cfg.offload_optimizer) | extra)
         if run.average is not None:
             update_average(run.average, run.student, cfg.ema)
     repeat_N = [x for b in range(len(asked)) for x in repeats(rollout.response(b))]
@@ -267,13 +286,20 @@ def train_step(cfg, run: Setup, optimizer, step: int, written: dict[int, list], 
         more["sampled_entropy"] = s.student_entropy_N
     if advantage_N is not None:
         more["advantage"] = advantage_N
-    return {**metrics, **(crossing.metrics() if crossing else {}),
+    return {**step_metrics(moves, on_policy), **(crossing.metrics() if crossing else {}),
             **summarise(more, s.position_N, s.length_B[s.sequence_N]),
             "kept": (weight_N > 0).double().mean().item(),
             "reward": s.reward_B.mean().item() if s.reward_B is not None else float("nan"),
             "mean_length": s.length_B.double().mean().item(),
             "truncation_rate": 1 - s.finished_B.double().mean().item(),
-            "on_policy": int(on_policy), "lr": learning_rate(step, cfg), "tokens": int(s.length_B.sum())}
+            "on_policy": int(on_policy), "lr": learning_rate(step, cfg, cfg.lr), "tokens": int(s.length_B.sum())}
+
+
+def step_metrics(moves: list[dict], on_policy: bool) -> dict:
+    """The last update's numbers; `skipped` and `empty` if any update was; and from the first, before the student
+    moved away from its sampler, how far log b and log p are apart."""
+    gap = {key: value if on_policy else math.nan for key, value in moves[0].items() if key.startswith("sampler_gap")}
+    return moves[-1] | gap | {key: max(move[key] for move in moves) for key in ("skipped", "empty")}
 
 
 def warm_up(cfg, run: Setup) -> None:
@@ -333,8 +359,11 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
     if not path.exists():
         wanted: dict[int, None] = {}
         for step in range(math.ceil(cfg.pts_end * cfg.steps) if cfg.pts_weight else 0):
-            wanted |= dict.fromkeys(ask(cfg, run, step, cfg.problems))
-        cold = pick(len(run.train), min(len(run.train), cfg.cold_start_steps * cfg.problems * cfg.samples), 0, cfg.seed)
+            wanted |= dict.fromkeys(ask(cfg, run, step))
+            if len(wanted) == len(run.train):
+                break
+        count = cfg.cold_start_steps * cfg.problems * cfg.samples
+        cold = pick(len(run.train), range(min(len(run.train), count)), cfg.seed)
         kept: dict[int, list] = {}
         for number in range(len(run.teachers)):
             ours = [i for i in {**wanted, **dict.fromkeys(cold)} if run.teacher_of[i] == number]

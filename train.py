@@ -11,11 +11,13 @@ A recipe is a row of overrides (config.py), and any flag after it overrides the 
 runs/NAME; the same command again goes on where it was stopped. Nothing imports this file.
 """
 import os
+import re
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +31,11 @@ from memory import give_back_freed_memory, size_text, used_memory
 from prepare import Setup, parse_teachers, set_up
 from report import check_tokenizers, report, self_check
 from step import Clock, teacher_responses, train_step, warm_up
-from tokenizer import UserError, one_line
+from support.errors import NotFinite, UserError, one_line
+
+
+# nats per token between the log-probs of sampler and trainer that rounding explains
+SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
 def test_teachers(cfg: Config, run: Setup) -> dict | None:
@@ -77,6 +83,11 @@ def graceful_stop():
             signal.signal(number, old)
 
 
+def without_folders(value):
+    """A path of this machine, or the paths in tag=path,tag=path, as its last part: a public log needs no more."""
+    return re.sub(r"(^|[=,])[/~.][^=,]*/", r"\1", value) if isinstance(value, str) else value
+
+
 def trackers(cfg: Config, folder: RunFolder) -> list:
     """Functions (record, step) for the optional services, imported only when asked for."""
     found = []
@@ -84,7 +95,8 @@ def trackers(cfg: Config, folder: RunFolder) -> list:
         return found
     if cfg.wandb:
         import wandb
-        run = wandb.init(project="opd", name=folder.path.name, config=asdict(cfg), resume="allow", id=folder.path.name)
+        run = wandb.init(project="opd", name=folder.path.name, id=folder.path.name, resume="allow",
+                         config={key: without_folders(value) for key, value in asdict(cfg).items()})
         found.append(lambda record, step: run.log(record, step=step))
     if cfg.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -132,8 +144,9 @@ def begin(cfg: Config, folder: RunFolder, run: Setup) -> dict:
     teacher = test_teachers(cfg, run) if run.teachers and cfg.eval_teacher and cfg.teacher != "self" else None
     if teacher:
         print(test_line("teacher", cfg, teacher))
-    state = {"step": 0, "before": before, "teacher": teacher, "best": -1.0, "seconds": 0.0, "skipped": 0,
-             "skipped_in_a_row": 0, "tokens": 0, "phases": {}}
+    state = {"step": 0, "before": before, "teacher": teacher, "best": before[f"avg@{cfg.eval_k}"], "best_step": 0,
+             "after": before, "seconds": 0.0, "skipped": 0,
+             "skipped_in_a_row": 0, "empty": 0, "sampler_gap": 0.0, "tokens": 0, "phases": {}}
     folder.log({"step": 0, "eval": before, "eval_teacher": teacher})
     tokens = sum(round(m["mean_length"] * m["problems"] * cfg.eval_k) for m in (before, teacher) if m)
     note_time(state, {"tokens": tokens}, {"evaluation": time.perf_counter() - begun})
@@ -154,7 +167,10 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
         warm_up(cfg, run)
         print(f"compile took {time.perf_counter() - begun:.0f} s")
     written = teacher_responses(cfg, run, folder)
-    state = state or begin(cfg, folder, run)
+    if state is None:
+        state = begin(cfg, folder, run)
+        # the untouched student is the first candidate for best/
+        folder.save(0, run.student, run.tokenizer, optimizer, state, best=True, average=run.average)
     seconds_before = state["seconds"]
 
     with graceful_stop() as stopped, tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=None) as bar:
@@ -165,18 +181,12 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
             step = state["step"] = state["step"] + 1
             record |= {"seconds": clock.seconds.pop("seconds"), **{f"{k}_seconds": v for k, v in clock.seconds.items()}}
             note_time(state, record, clock.seconds)
-            state["tokens"] += record["tokens"] * record["on_policy"]
-            state["skipped"] += record["skipped"]
-            state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * record["skipped"]
             folder.log({"step": step, **record})
             for log in track:
                 log(record, step)
             tqdm.write(step_line(step, cfg, record))
             bar.update()
-            if state["skipped_in_a_row"] >= 5:
-                raise UserError(f"the loss or gradient was not finite in 5 steps in a row, the weights are "
-                                f"those of step "
-                                f"{step - 5}; lower --lr or look at the data, in another run than {folder.path}")
+            note_step(run, state, record)
             due = cfg.eval_every and step % cfg.eval_every == 0 or step == cfg.steps
             if due:
                 evaluate_and_note(cfg, run, folder, state, track)
@@ -184,6 +194,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
             stop = parallel.largest(stopped[0] if stopped else 0)
             if due or stop or step % cfg.save_every == 0:
                 state["seconds"] = seconds_before + time.perf_counter() - started
+                check_student(run)
                 folder.save(step, run.student, run.tokenizer, optimizer, state, best=state.get("best_step") == step,
                             average=run.average)
             if stop and step < cfg.steps:
@@ -191,6 +202,31 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
                 return 128 + stop
     finish(cfg, folder, state, run, memory_before)
     return 0
+
+
+def note_step(run: Setup, state: dict, record: dict) -> None:
+    """Adds a step's counts to the run's, and says what cannot go on or should not go unseen."""
+    state["tokens"] += record["tokens"] * record["on_policy"]
+    state["skipped"] += record["skipped"]
+    state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * record["skipped"]
+    state["empty"] += record["empty"]
+    if state["skipped_in_a_row"] >= 5:
+        raise NotFinite("the student's loss or gradient was not finite in 5 steps in a row, although the teacher's "
+                        "numbers were")
+    gap, most = record["sampler_gap"], SAMPLER_GAP[run.student.compute_dtype]
+    if gap > most >= state["sampler_gap"]:
+        tqdm.write(f"warning: log-probs of sampler and trainer are {gap:.1e} nats per token apart, rounding explains "
+                   f"{most:g}: is the sampler changed, or a kernel wrong? The run is not on-policy")
+    if gap > state["sampler_gap"]:
+        state["sampler_gap"] = gap
+
+
+@torch.no_grad()
+def check_student(run: Setup) -> None:
+    """A checkpoint of a student whose numbers went bad would take the place of the last good one."""
+    hidden = run.student(torch.tensor([run.prompts[0]], device=run.student.device))
+    if not torch.isfinite(run.student.logits(hidden[:, -1:])).all():
+        raise NotFinite("the student's logits are not finite")
 
 
 def note_time(state: dict, record: dict, seconds: dict[str, float]) -> None:
@@ -234,7 +270,8 @@ def finish(cfg: Config, folder: RunFolder, state: dict, run: Setup, memory_befor
     folder.write_summary({"before": state["before"], "after": state["after"], "teacher": state["teacher"],
                           "steps": state["step"], "seconds": state["seconds"], "tokens": state["tokens"],
                           "best": {"step": state["best_step"], f"avg@{cfg.eval_k}": state["best"]},
-                          "skipped": state["skipped"], "recipe": cfg.recipe, "timings": timings(state),
+                          "skipped": state["skipped"], "empty": state["empty"], "sampler_gap": state["sampler_gap"],
+                          "recipe": cfg.recipe, "timings": timings(state),
                           "planned_memory": run.planned_memory,
                           "peak_memory": used_memory(run.student.device, memory_before)})
     print(closing_line(cfg, folder, folder.summary()))
@@ -249,8 +286,17 @@ def closing_line(cfg: Config, folder: RunFolder, summary: dict) -> str:
     return (f"done    held-out {key} {summary['before'][key]:.1%} -> {summary['after'][key]:.1%}{teacher} in "
             f"{summary['steps']} steps, {summary['seconds']:.0f} s\n"
             f"        {shares}, peak memory {size_text(summary['peak_memory'])}\n"
+            f"        sampler and trainer at most {summary['sampler_gap']:.1e} nats per token apart\n"
             f"        in {folder.path}: the trained model last/, the best one best/, metrics.jsonl, samples/, "
             f"summary.json")
+
+
+def advice(complaint: str, cfg: Config, path: Path) -> str:
+    """What to do when numbers went bad, by whose they are."""
+    if "the student" not in complaint:
+        return f"look at its checkpoint, or pass --dtype float32; the checkpoints in {path} stay as they were"
+    return (f"--lr {cfg.lr:g} is too high, or --temperature {cfg.temperature:g} too low, or its checkpoint is damaged; "
+            f"the checkpoints in {path} are from before and stay: change a flag and pass another --name")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -274,6 +320,9 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.report_only:
             return report(cfg, run)
         return train(cfg, parallel.run_folder(RunFolder, path, lasting, cfg.fresh), run, memory_before)
+    except NotFinite as error:
+        parallel.complain(f"error: {one_line(error)}; {advice(str(error), cfg, path)}")
+        return 2
     except UserError as error:
         parallel.complain(f"error: {one_line(error)}")
         return 2

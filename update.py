@@ -72,9 +72,11 @@ def few_rows(logits_NV: Tensor, teacher_NV: Tensor | None, fields: dict, scale_N
     compared = rows if shared is None else on_shared(rows)
     loss_N = divergence(rows if divergence in TWO_VOCABULARIES else compared, args)
     found = {}
-    if diagnose and teacher_NV is not None:
-        with torch.no_grad():
+    with torch.no_grad():
+        if diagnose and teacher_NV is not None:
             found = diagnostics(compared, top_NK)
+        if rows.behavior_N is not None:
+            found["sampler_gap"] = (rows.student_N() - rows.behavior_N).abs()
     return (loss_N * scale_N).sum(), loss_N.detach(), found
 
 
@@ -202,8 +204,9 @@ def backward(student: Transformer, rollout: Rollout, s: Signals, scores: Scores 
                 teacher_head_VE=part.head_VE if part else None, shared=part.shared if part else None, diagnose=True,
                 compile=fuse)
             if crossing:        # rows that stand beside no distribution of the teacher compare nothing
-                diagnosed = {key: torch.where(part.place_N[row_n] >= 0, value_n, torch.nan)
-                             for key, value_n in diagnosed.items()}
+                beside_n = part.place_N[row_n] >= 0
+                diagnosed |= {key: torch.where(beside_n, value_n, torch.nan)
+                              for key, value_n in diagnosed.items() if key != "sampler_gap"}
             for key, value_n in {"loss": loss_n, **diagnosed}.items():
                 per_row.setdefault(key, torch.zeros_like(scale_N))[row_n] = value_n.to(scale_N.dtype)
     parallel.give_head(student, head)
@@ -220,16 +223,19 @@ def move_moments(optimizer, device) -> None:
 def update(student: Transformer, optimizer, s: Signals, scale_N: Tensor, per_row: dict[str, Tensor],
            max_grad_norm: float, offload: bool = False) -> dict[str, float]:
     """One optimizer step on the gradient that backward() left. Returns the step's loss, the gradient norm
-    before clipping and the mean diagnostics. A loss or gradient that is not finite moves nothing: skipped =
-    1. offload: the moments live in host memory and visit the device for this call only."""
+    before clipping and the mean diagnostics. A loss or gradient that is not finite moves nothing: skipped = 1.
+    Nor does a gradient that is exactly zero (every group unanimous, every token masked), where AdamW would go on
+    by its moments alone: empty = 1. offload: the moments live in host memory and visit the device for this call
+    only."""
     grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_([p for _, p in trainable(student)], max_grad_norm))
     loss = (per_row.pop("loss") * scale_N).sum()
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    if finite:
+    if finite and grad_norm > 0:
         if offload:
             move_moments(optimizer, student.device)
         optimizer.step()
         if offload:
             move_moments(optimizer, "cpu")
-    return {"loss": loss.item(), "grad_norm": grad_norm.item(), "skipped": 0 if finite else 1,
+    return {"loss": loss.item(), "grad_norm": grad_norm.item(), "skipped": int(not finite),
+            "empty": int(finite and grad_norm == 0),
             **summarise(per_row, s.position_N, s.length_B[s.sequence_N])}

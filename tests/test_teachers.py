@@ -445,7 +445,7 @@ def test_degenerate(text, expected):
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_pick_mixed_keeps_the_share(count, share):
     """fails if: each step rounds for itself, a file is drawn with replacement, or its indices start at 0"""
-    asked = [pick_mixed(7, 5, share, count, step, 3) for step in range(40)]
+    asked = [pick_mixed(7, 5, share, range(step * count, (step + 1) * count), 3) for step in range(40)]
     assert all(len(one) == count for one in asked)
     for step in range(40):
         drawn = [i for one in asked[:step + 1] for i in one]
@@ -455,7 +455,7 @@ def test_pick_mixed_keeps_the_share(count, share):
         epochs = [mine[at:at + size] for at in range(0, len(mine) // size * size, size)]
         assert all(sorted(epoch) == list(range(low, low + size)) for epoch in epochs)
         assert len(epochs) < 4 or len(set(map(tuple, epochs))) > 1
-    assert pick_mixed(7, 5, share, count, 11, 3) == asked[11]
+    assert pick_mixed(7, 5, share, range(11 * count, 12 * count), 3) == asked[11]
 
 
 # Responses that the teacher wrote.
@@ -517,7 +517,7 @@ def test_only_good_responses_of_the_teacher_are_kept_and_written_once(folder, co
     monkeypatch.setattr(loop, "generate", writes(responses, calls))
     run_folder = SimpleNamespace(path=tmp_path)
     kept = teacher_responses(cfg, run, run_folder)
-    asked = {i for step in range(4) for i in loop.ask(cfg, run, step, cfg.problems)}
+    asked = {i for step in range(4) for i in loop.ask(cfg, run, step)}
     assert set(kept) == asked and 0 in asked and len(calls) == 1
     for i, mine in kept.items():
         good = [ids(run, f"0+{(i + 3) % 10}")]
@@ -556,7 +556,7 @@ def test_every_problem_of_a_phased_step_is_written_by_its_teacher(folder, comman
         calls.clear()
         (tmp_path / kinds).mkdir()
         kept = teacher_responses(cfg, run, SimpleNamespace(path=tmp_path / kinds))
-        wanted = [i for step in range(2) for i in loop.ask(cfg, run, step, 4)]
+        wanted = [i for step in range(2) for i in loop.ask(cfg, run, step)]
         assert set(kept) == set(wanted) and (max(wanted) >= 10) == mixed
         written = {(run.teachers.index(model), tuple(prompt)) for model, prompts, _ in calls
                    for prompt in prompts}

@@ -203,7 +203,7 @@ def test_one_step_equals_a_plain_reference_in_float64(setup):
     cast(run, torch.float64)
     rollout, _, _ = step_file.collect(cfg, run, 0, {})
     expected, loss, norm = plain_step(run, cfg, rollout, lr=0.05)
-    optimizer = torch.optim.AdamW(run.student.parameters(), lr=1.0, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(run.student.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     record = step_file.train_step(cfg, run, optimizer, 0, {}, step_file.Clock())
     assert (record["loss"], record["grad_norm"]) == pytest.approx((loss, norm), rel=1e-6)
     assert norm > cfg.max_grad_norm
@@ -286,13 +286,14 @@ def test_the_sampler_sees_the_weights_of_this_step(setup):
 @pytest.mark.parametrize("total,count", [(10, 3), (7, 7), (6, 20)])
 def test_every_epoch_is_a_permutation_and_the_step_alone_decides(total, count):
     """fails if: an epoch's end drops or repeats problems, all epochs are alike, or the seed is not used."""
-    order = [i for step in range(total * 6) for i in data.pick(total, count, step, seed=3)]
+    def steps(number, seed=3):
+        return [data.pick(total, range(step * count, (step + 1) * count), seed) for step in range(number)]
+    order = [i for asked in steps(total * 6) for i in asked]
     epochs = [order[start:start + total] for start in range(0, len(order) - total + 1, total)]
     assert all(sorted(epoch) == list(range(total)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) > len(epochs) / 2
-    assert data.pick(total, count, 5, seed=3) == order[5 * count:6 * count]
-    assert [data.pick(total, count, step, seed=4) for step in range(6)] != [
-        data.pick(total, count, step, seed=3) for step in range(6)]
+    assert data.pick(total, range(5 * count, 6 * count), seed=3) == order[5 * count:6 * count]
+    assert steps(6, seed=4) != steps(6)
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.3, 0.8, 1.0])
@@ -420,7 +421,7 @@ def test_five_skipped_steps_in_a_row_end_the_run(command, tmp_path, monkeypatch,
 def test_learning_rate_rises_then_follows_its_schedule(schedule, expected):
     """fails if: warm-up starts at 0 or ends late, or the cosine does not start where warm-up ends."""
     cfg = train.Config(lr=2.0, warmup_steps=4, steps=8, schedule=schedule)
-    assert [step_file.learning_rate(step, cfg) for step in range(8)] == pytest.approx([2 * x for x in expected])
+    assert [step_file.learning_rate(step, cfg, 2.0) for step in range(8)] == pytest.approx([2 * x for x in expected])
 
 
 def test_defaults_then_recipe_then_flags():
