@@ -139,7 +139,8 @@ RECIPES = {     # name -> overrides of Config; the paper beside it
                   eval_data=str(TOY / "mixed_test.jsonl")),     # FiRe-OPD 2606.02684, routing
     "xtok": dict(teacher=str(TOY / "teacher_sp"), **PG),        # DPCA 2606.09456; credit of whole chunks: ours
     "opsd": dict(privileged="solution", divergence="forward_kl", entry_clip=0.05,
-                 **SELF),                                       # OPSD 2601.18734 v3, eq. 8, section 3.2
+                 **SELF),                                       # OPSD 2601.18734 v3, eq. 8, section 3.2; its mean is
+                                                                # over responses (--reduction sequence), ours over tokens
     "sdft": dict(privileged="solution", self_teacher="ema", skip_first=3, **SELF),              # SDFT 2601.19897
     "sdpo": dict(privileged="sibling", self_teacher="ema", ema=0.95, divergence="topk_reverse_kl", topk_form="tail",
                  **SELF, **GROUPS),                             # SDPO 2601.20802: sibling solution, top-k and tail

@@ -177,7 +177,8 @@ def sg(s: Signals, args: CreditArgs) -> Tensor:
 
     reference   a2 + (k - 1)(log q - log r)   form A: extrapolates from the initial student, as ExOPD does
     scale       k a2                          form B
-    At step 0 (r = b) both are the same. A unanimous group has a1 = 0, agrees nowhere, and is plain OPD at
+    What k multiplies is our reading: the paper's full text could not be had, and its abstract and those who quote it
+    fit both forms. At step 0 (r = b) both are the same. A unanimous group has a1 = 0, agrees nowhere, and is plain OPD at
     sg_conflict 1. A cut response says nothing about its tokens and is not extrapolated either. Gates `random`
     (as many tokens, drawn blindly) and `all` are the controls.
     """
@@ -285,8 +286,12 @@ def fire(s: Signals, args: CreditArgs) -> Tensor:
     Filter: score = the teacher's mean log-prob of the response; a response below the fire_drop quantile
     (linear, ties stay) of the whole step is dropped. Reweight: (1 + alpha (1 - H_T/max H_T)) (1 + beta
     H_S/max H_S), divided by its mean in the response, so that it shifts weight between tokens and never
-    between responses. The official code takes the quantile inside micro-batches of one response, where it
-    drops nothing.
+    between responses.
+
+    Where paper and code part: the quantile is the paper's (of the whole step); the code takes it inside micro-batches
+    of one response, where it drops nothing. The default maximum, per response, is what the code's micro-batches
+    amount to; the paper's eqs. 5-6 take the batch's (fire_max batch). It matters: on the toy pair the two weightings
+    correlate 0.63.
     """
     score_B = teacher_mean(s)
     part_B = s.teacher_B if args.fire_filter == "teacher" and s.teacher_B is not None else torch.zeros_like(s.group_B)
