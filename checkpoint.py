@@ -2,6 +2,8 @@
 last save.
 
     runs/NAME/config.json             the configuration that made it
+              started.json            what the first start chose and every later one keeps: the date that chat
+                                      templates see, threads, sizes that memory allowed
               metrics.jsonl           line 1: configuration and commit; then one record per step and per
                                       evaluation
               samples/step-000030.jsonl   every held-out answer of one evaluation
@@ -21,6 +23,7 @@ import os
 import shutil
 import subprocess
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -115,6 +118,27 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+STARTED = {"date": str, "torch": str, "threads": int, "slots": int, "micro_batch_tokens": int, "chunk_rows": int}
+
+
+def started(path: Path) -> dict:
+    """What the first start of the run in this folder chose (RunFolder.note_start); {} for a run that is new."""
+    file = Path(path) / "started.json"
+    if not is_run(path) or not os.path.lexists(file):
+        return {}
+    found = read_json(file)
+    wrong = [key for key, kind in STARTED.items() if (value := found.get(key)) is not None
+             and (type(value) is not kind or kind is int and not 0 < value < 2**31)]
+    try:
+        datetime.fromisoformat(found.get("date") or "2000-01-01")
+    except (ValueError, TypeError):
+        wrong.append("date")
+    if wrong:
+        raise UserError(f"{file} has {wrong[0]} = {found[wrong[0]]!r}, which no run wrote; delete that file (a run whose "
+                        f"prompts hold the date may go on differently), or pass --fresh")
+    return found
 
 
 class RunFolder:
@@ -233,6 +257,11 @@ class RunFolder:
         return state
 
     # records
+
+    def note_start(self, chosen: dict) -> None:
+        """Keep what the first start chose. A later one changes nothing."""
+        if not (self.path / "started.json").exists():
+            write_text(self.path / "started.json", json.dumps(plain(chosen), indent=2) + "\n")
 
     @property
     def metrics(self) -> Path:

@@ -402,7 +402,7 @@ class Follower:
     def nothing(self, *args) -> None:
         pass
 
-    link = trim_metrics = log = write_samples = nothing
+    link = trim_metrics = log = write_samples = note_start = nothing
 
 
 def run_folder(kind, path, config: dict, fresh: bool = False):

@@ -1,5 +1,6 @@
 """The run folder on disk: what counts as a run, what --fresh and pruning delete, and what hands have changed in it."""
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from checkpoint import RunFolder, run_path  # noqa: E402
+from checkpoint import RunFolder, run_path, started  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
 MARKED = {"recipe": "opd", "student": "s", "teacher": "t", "steps": 4}
@@ -79,3 +80,34 @@ def test_a_checkout_survives_a_name_that_climbs(command, tmp_path, monkeypatch):
     before = everything(checkout)
     monkeypatch.chdir(checkout)
     assert train.main(command(fresh=True, runs="runs", name="..")) == 2 and everything(checkout) == before
+
+
+# what the first start chose
+
+CHOSEN = {"date": "2026-11-27T23:59:59+01:00", "threads": 2, "slots": 64, "micro_batch_tokens": 2048, "chunk_rows": 512,
+          "torch": "2.13.0", "another": None}
+
+
+def test_the_first_start_is_kept(tmp_path):
+    """fails if: a later start overwrites it, --fresh keeps it, or it is read from what is no run."""
+    assert started(tmp_path / "a") == {}
+    folder = RunFolder(tmp_path / "a", MARKED)
+    assert started(tmp_path / "a") == {}
+    folder.note_start(CHOSEN)
+    folder.note_start({**CHOSEN, "threads": 1})
+    assert started(tmp_path / "a") == CHOSEN
+    del folder
+    RunFolder(tmp_path / "a", MARKED, fresh=True)
+    assert started(tmp_path / "a") == {}
+    (tmp_path / "started.json").write_text("no run is here")
+    assert started(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\udcff", '{"date": 5}', '{"date": "yesterday"}', '{"threads": 0}',
+                                  '{"threads": "2"}', '{"slots": -1}', '{"threads": 1e400}', '{"threads": 1.5}'],
+                         ids=ascii)
+def test_a_damaged_start_is_one_sentence(tmp_path, text):
+    RunFolder(tmp_path, MARKED)
+    (tmp_path / "started.json").write_bytes(os.fsencode(text))
+    with pytest.raises(UserError, match="started.json"):
+        started(tmp_path)
