@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import KVCache, Packing, attend, flash_ready
-from support.errors import UserError
+from support.errors import NotFinite
 from support.model_config import ModelConfig
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -315,15 +315,25 @@ class Transformer(nn.Module):
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors (LoRA merged) in `dtype`, by default the dtype the
-        checkpoint came in. The tokenizer's files are Tokenizer.save's business."""
+        checkpoint came in. The tokenizer's files are Tokenizer.save's business. Weights that are not finite as written
+        (65,504 is the largest number of float16) are refused before anything is written."""
         dtype = dtype or self.disk_dtype
         folder = Path(folder)
+        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.weights().items()}
+        for name, tensor in tensors.items():
+            if not all_finite(tensor):
+                raise NotFinite(f"{self.title} holds NaN or infinity: tensor {name}, as {dtype} on disk; it is not "
+                                f"saved to {folder}; lower --lr or --max_grad_norm")
         folder.mkdir(parents=True, exist_ok=True)
         raw = {key: value for key, value in self.config.raw.items() if key not in ("torch_dtype", "dtype")}
         raw["dtype" if "rope_parameters" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.weights().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """No NaN, no infinity: either shows in the extremes, which cost a twentieth of isfinite() on a CPU."""
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def set_threads(model: Transformer, threads: int = 0) -> None:
