@@ -4,7 +4,7 @@ Place in the loop: before it. Models, tokenizers, problems and prompts are loade
 them is one sentence here, before any GPU time is spent. Not here: what a flag means (train.py).
 """
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +13,12 @@ import parallel
 from align import Bridge
 from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
-from eval import Problem, load_problems, template_variable
+from eval import template_variable
 from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
 from memory import auto_chunk, fit, print_plan
 from model import ModelConfig, Transformer, set_threads
+from support.held_out import Comparison
+from support.problems import Problem, answered, load_problems
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
 from weights import checkpoint_folder, load_config, load_model
@@ -59,6 +61,7 @@ class Setup:
     teacher_variables: dict
     chunk_rows: int
     planned_memory: int                 # bytes at the peak, as announced
+    compared: Comparison | None         # of held-out responses that cannot be graded: with the teacher, if there is one
 
     @property
     def vocab_size(self) -> int:
@@ -187,6 +190,19 @@ def teacher_prompts(cfg, tokenizers: list[Tokenizer], teacher_of: list[int], tra
     return ids
 
 
+def compare_with(cfg, tokenizers: list[Tokenizer], tags: list[str], held_out: list[Problem], student: Tokenizer,
+                 variables: dict, configs: list[ModelConfig]) -> tuple[list[int], list[list[int]] | None] | None:
+    """(which teacher reads the responses to each held-out problem, after which prompts), as in training. None without
+    a teacher, or when it is to be shown what these problems do not have."""
+    if not tokenizers or cfg.privileged == "sibling" or (
+            cfg.privileged == "solution" and not all(problem.solution for problem in held_out)):
+        return None
+    cfg = replace(cfg, data=cfg.eval_data, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens)
+    teacher_of = route(cfg, tags, held_out)
+    return teacher_of, teacher_prompts(cfg, tokenizers, teacher_of, held_out, student, variables,
+                                       [config.context for config in configs[1:] or configs])
+
+
 def load_teachers(cfg, folders: dict[str, Path], folder: Path, student: Transformer, dtype, device):
     """(models that score, the running average or None, whether to switch the student's adapters off while
     scoring)."""
@@ -241,7 +257,9 @@ def set_up(cfg) -> tuple:
     check_vocabularies([folder, *teachers.values()], configs, [tokenizer, *tokenizers])
     context = min(config.context for config in configs)
     train, first = load_train(cfg)
-    held_out = load_problems(cfg.eval_data, need_answer=True, limit=cfg.eval_limit or None)
+    held_out = load_problems(cfg.eval_data, limit=cfg.eval_limit or None)
+    compared = None if answered(cfg.eval_data, held_out) else compare_with(
+        cfg, tokenizers, list(teachers), held_out, tokenizer, teacher_variables, configs)
     prompts = [tokenizer.prompt_ids(problem.prompt, **variables) for problem in train]
     check_lengths(cfg.data, train, prompts, "max_new_tokens", cfg.max_new_tokens, context, "student")
     flag = "eval_max_new_tokens" if cfg.eval_max_new_tokens else "max_new_tokens"
@@ -283,7 +301,8 @@ def set_up(cfg) -> tuple:
             model.compile_layers()
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
     return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train,
-                      first, held_out, prompts, shown, given, variables, teacher_variables, chunk_rows, planned)
+                      first, held_out, prompts, shown, given, variables, teacher_variables, chunk_rows, planned,
+                      compared and Comparison(models, *compared, bridges, cfg, adapters_off))
 
 
 def load_other(cfg, run: Setup) -> Transformer:

@@ -26,12 +26,13 @@ from tqdm import tqdm
 import parallel
 from checkpoint import RunFolder, run_path, trainable
 from config import NOT_THE_RUN, Config, check, parse, run_name
-from eval import evaluate, metrics_of
+from eval import better, change, evaluate, headline, judged_by, metrics_of
 from memory import give_back_freed_memory, size_text, used_memory
 from prepare import Setup, parse_teachers, set_up
 from report import check_tokenizers, report, self_check
 from step import Clock, teacher_responses, train_step, warm_up
 from support.errors import NotFinite, UserError, one_line
+from support.held_out import distance
 
 
 # nats per token between the log-probs of sampler and trainer that rounding explains
@@ -116,10 +117,17 @@ def test(cfg: Config, run: Setup, model, label: str, bridge=None) -> tuple[dict,
                     variables=run.teacher_variables if bridge else run.variables)
 
 
-def test_line(label: str, cfg: Config, metrics: dict) -> str:
-    low, high = metrics[f"avg@{cfg.eval_k}_ci"]
-    return (f"{label}  held-out avg@{cfg.eval_k} {metrics[f'avg@{cfg.eval_k}']:.1%} [{low:.1%}, {high:.1%}]  "
-            f"pass@{cfg.eval_k} {metrics[f'pass@{cfg.eval_k}']:.1%}  length {metrics['mean_length']:.1f}  "
+def test_student(cfg: Config, run: Setup, label: str) -> tuple[dict, list[dict]]:
+    """test() of the student; where it cannot be graded, how far it is from its teacher as well."""
+    metrics, samples = test(cfg, run, run.actor, label)
+    if run.compared:
+        metrics |= distance(samples, run.student, run.compared, vocab_size=run.vocab_size, chunk_rows=run.chunk_rows,
+                            temperature=cfg.eval_temperature or 1.0, max_tokens=cfg.micro_batch_tokens)
+    return metrics, samples
+
+
+def test_line(label: str, metrics: dict) -> str:
+    return (f"{label}  held-out {headline(metrics)}length {metrics['mean_length']:.1f}  "
             f"cut {metrics['truncation_rate']:.0%}")
 
 
@@ -128,8 +136,8 @@ def example(run: Setup, samples: list[dict], step: int) -> str:
     sample = samples[(step * 7919) % len(samples)]
     asked = run.held_out[sample["problem"]].prompt
     asked = asked if isinstance(asked, str) else asked[-1]["content"]
-    verdict = "right" if sample["correct"] else "wrong"
-    return f"        e.g. {asked[-200:]!r} -> {sample['text'][:400]!r}  ({verdict})"
+    verdict = {True: "  (right)", False: "  (wrong)", None: ""}[sample["correct"]]
+    return f"        e.g. {asked[-200:]!r} -> {sample['text'][:400]!r}{verdict}"
 
 
 def begin(cfg: Config, folder: RunFolder, run: Setup) -> dict:
@@ -138,13 +146,13 @@ def begin(cfg: Config, folder: RunFolder, run: Setup) -> dict:
         self_check(cfg, run)
     check_tokenizers(cfg, run)
     begun = time.perf_counter()
-    before, samples = test(cfg, run, run.actor, "student before")
+    before, samples = test_student(cfg, run, "student before")
     folder.write_samples(0, samples)
-    print(test_line("before ", cfg, before))
+    print(test_line("before ", before))
     teacher = test_teachers(cfg, run) if run.teachers and cfg.eval_teacher and cfg.teacher != "self" else None
     if teacher:
-        print(test_line("teacher", cfg, teacher))
-    state = {"step": 0, "before": before, "teacher": teacher, "best": before[f"avg@{cfg.eval_k}"], "best_step": 0,
+        print(test_line("teacher", teacher))
+    state = {"step": 0, "before": before, "teacher": teacher, "best": before.get(judged_by(before)), "best_step": 0,
              "after": before, "seconds": 0.0, "skipped": 0,
              "skipped_in_a_row": 0, "empty": 0, "sampler_gap": 0.0, "tokens": 0, "phases": {}}
     folder.log({"step": 0, "eval": before, "eval_teacher": teacher})
@@ -251,25 +259,26 @@ def evaluate_and_note(cfg: Config, run: Setup, folder: RunFolder, state: dict, t
     if run.actor is not run.student:
         run.actor.refresh(run.student)
     start = time.perf_counter()
-    metrics, samples = test(cfg, run, run.actor, "evaluate")
+    metrics, samples = test_student(cfg, run, "evaluate")
     metrics["seconds"] = time.perf_counter() - start
     note_time(state, {"tokens": round(metrics["mean_length"] * len(samples))}, {"evaluation": metrics["seconds"]})
-    step, score_now = state["step"], metrics[f"avg@{cfg.eval_k}"]
+    step = state["step"]
     folder.write_samples(step, samples)
     folder.log({"step": step, "eval": metrics})
     for log in track:
         log({f"eval/{key}": value for key, value in metrics.items()}, step)
-    if score_now > state["best"]:
-        state["best"], state["best_step"] = score_now, step
+    if better(metrics, state["best"]):
+        state["best"], state["best_step"] = metrics.get(judged_by(metrics)), step
     state["after"] = metrics
-    tqdm.write(test_line("eval   ", cfg, metrics))
+    tqdm.write(test_line("eval   ", metrics))
     tqdm.write(example(run, samples, step))
 
 
 def finish(cfg: Config, folder: RunFolder, state: dict, run: Setup, memory_before: int) -> None:
+    key = judged_by(state["after"])
     folder.write_summary({"before": state["before"], "after": state["after"], "teacher": state["teacher"],
                           "steps": state["step"], "seconds": state["seconds"], "tokens": state["tokens"],
-                          "best": {"step": state["best_step"], f"avg@{cfg.eval_k}": state["best"]},
+                          "best": {"step": state["best_step"], **({key: state["best"]} if key else {})},
                           "skipped": state["skipped"], "empty": state["empty"], "sampler_gap": state["sampler_gap"],
                           "recipe": cfg.recipe, "timings": timings(state),
                           "planned_memory": run.planned_memory,
@@ -278,12 +287,10 @@ def finish(cfg: Config, folder: RunFolder, state: dict, run: Setup, memory_befor
 
 
 def closing_line(cfg: Config, folder: RunFolder, summary: dict) -> str:
-    key = f"avg@{cfg.eval_k}"
-    teacher = f" (teacher {summary['teacher'][key]:.1%})" if summary["teacher"] else ""
     shares = "  ".join(f"{phase} {t['share']:.0%}"
                        + (f" ({t['tokens_per_second']:,.0f} tokens/s)" if t["tokens_per_second"] else "")
                        for phase, t in summary["timings"].items())
-    return (f"done    held-out {key} {summary['before'][key]:.1%} -> {summary['after'][key]:.1%}{teacher} in "
+    return (f"done    held-out {change(summary['before'], summary['after'], summary['teacher'])} in "
             f"{summary['steps']} steps, {summary['seconds']:.0f} s\n"
             f"        {shares}, peak memory {size_text(summary['peak_memory'])}\n"
             f"        sampler and trainer at most {summary['sampler_gap']:.1e} nats per token apart\n"

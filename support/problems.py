@@ -14,8 +14,8 @@ A prompt is text or a chat; of a chat that ends with the assistant, that turn is
 of its own). A message is {role, content} or {from, value}; content may be a list of parts, all of them text.
 
     answer     reward_model.ground_truth (verl), `answer`, `final_answer`, the answer that `solution` marks, `label`,
-               `ground_truth`, `solution`, the answer that the reply marks: the first that is text or a number. Of a
-               list, each item counts as right; so it does where ground_truth of verl is a list written as text.
+               `ground_truth`, a `solution` of one line, the answer that the reply marks: the first that is text or a
+               number. Of a list, each item counts as right, also where verl's ground_truth is a list written as text.
     solution   `solution`, else the reply, else an `answer` that is worked out.
 
 Marked is what stands in the last \\boxed{}, else after #### on the last line, as in GSM8K.
@@ -158,7 +158,7 @@ def as_problem(record: object, line: int) -> Problem:
     reply, worked, own = taken.reply or last, first_text(r.get("solution")), first_text(r.get("answer"))
     answers = (accepted(taken.answer) or accepted(r.get("answer")) or accepted(r.get("final_answer"))
                or accepted(marked(worked)) or accepted(r.get("label")) or accepted(r.get("ground_truth"))
-               or accepted(r.get("solution")) or accepted(marked(reply)))
+               or accepted(worked if "\n" not in worked else None) or accepted(marked(reply)))
     solution = worked or reply or (own if marked(own) else "")
     texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
     try:

@@ -48,8 +48,7 @@ LAYOUTS = [     # record -> prompt, answer, solution
     ({"question": "2+2?", "final_answer": ["4"], "solution": ["add them"]}, "2+2?", "4", "add them"),
     ({"messages": [{"role": "user", "content": PARTS}, REPLY]}, [USER], "4", REPLY["content"]),
     ({"messages": [{**USER, "name": "Ana"}]}, [{**USER, "name": "Ana"}], None, None),
-    ({"problem": "2+2?", "solution": "#### Step 1\nadd\nIt is 4."}, "2+2?", "#### Step 1\nadd\nIt is 4.",
-     "#### Step 1\nadd\nIt is 4."),
+    ({"problem": "2+2?", "solution": "#### Step 1\nadd\nIt is 4."}, "2+2?", None, "#### Step 1\nadd\nIt is 4."),
     # ShareGPT and OpenThoughts
     ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": REPLY["content"]}]}, [USER], "4",
      REPLY["content"]),

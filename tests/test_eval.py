@@ -93,7 +93,8 @@ BAD_LINES = [   # the third line of a file -> what the sentence says
     ("[" * 200_000, "not valid JSON"),
     ('["prompt"]', "expected a JSON object, found a list"),
     ('null', "expected a JSON object, found a NoneType"),
-    ('{"text": "a", "answer": "1"}', "no prompt; one of prompt, messages, problem, question, query, conversations, instruction is needed"),
+    ('{"text": "a", "answer": "1"}', "no prompt; one of prompt, messages, problem, question, query, "
+                                       "conversations, instruction is needed"),
     ('{"prompt": 3, "answer": "1"}', "`prompt` must be text or a list of messages, not int"),
     ('{"prompt": {"role": "user"}, "answer": "1"}', "`prompt` must be text or a list of messages, not dict"),
     ('{"messages": ["hi"], "answer": "1"}', "a message of `messages` needs `role` and `content`, both text"),
@@ -227,11 +228,12 @@ def test_a_sample_holds_what_was_sampled(calls):
 
 
 def test_without_verifier_nothing_is_graded(calls):
-    """fails if: answers are required whatever the verifier"""
-    problems = [ev.Problem("q", None, None, {}, 1)]
-    metrics, samples = ev.evaluate(MODEL, TOKENIZER, problems, **settings(verifier=None))
-    assert set(metrics) == {"truncation_rate", "mean_length", "problems", "samples", "tokens"}
-    assert {(s["answer"], s["correct"]) for s in samples} == {(None, None)}
+    """fails if: answers are required whatever the verifier, or problems without answers are graded"""
+    for verifier, problem in ((None, PROBLEMS[1]), ("auto", ev.Problem("q", None, None, {}, 1))):
+        metrics, samples = ev.evaluate(MODEL, TOKENIZER, [problem], **settings(verifier=verifier))
+        assert set(metrics) == {"truncation_rate", "mean_length", "problems", "samples", "tokens"}
+        assert {(s["answer"], s["correct"]) for s in samples} == {(None, None)}
+        assert ev.metrics_of(samples, 4, "auto") == metrics
 
 
 BAD_SETTINGS = [
@@ -246,7 +248,7 @@ BAD_SETTINGS = [
     (dict(verifier=""), "unknown verifier ''"),
     (dict(max_new_tokens=20), "the prompt on line 3 has 1 tokens; with max_new_tokens 20 it does not fit the "
                               "model's context of 20"),
-    (dict(problems=[ev.Problem("p", None, None, {}, 7)]), "the problem on line 7 has no answer to grade"),
+    (dict(problems=[*PROBLEMS, ev.Problem("p", None, None, {}, 7)]), "the problem on line 7 has no answer to grade"),
     (dict(problems=[]), "there are no problems to evaluate on"),
 ]
 
@@ -277,15 +279,15 @@ def loads(monkeypatch, calls) -> list:
 def test_command_line_prints_one_json_object_and_writes_the_samples(tmp_path, capsys, loads, calls):
     """fails if: samples are printed, a flag is not passed on, or the temporary file is left behind"""
     data = write(tmp_path / "p.jsonl", {"prompt": "p", "answer": 1}, {"prompt": "q", "answer": 9})
-    out = write(tmp_path / "samples.jsonl", "an older run")
+    out = write(tmp_path / "samples.jsonl", dict.fromkeys(("problem", "sample", "prompt_tokens", "tokens", "text"), 0))
     assert ev.main(["--model", "M", "--data", str(data), "--k", "2", "--temperature", "0.9", "--seed", "4",
                     "--max_new_tokens", "5", "--slots", "3", "--limit", "2", "--device", "cpu",
-                    "--out", str(out), "--template_var", "b=false"]) == 0
+                    "--out", str(out), "--template_vars", "a=1", "--template_var", "a=x,y"]) == 0
     printed = json.loads(capsys.readouterr().out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert printed["avg@2"] == 0.5 and printed["model"] == "M" and printed["temperature"] == 0.9
     assert [row["correct"] for row in rows] == [True, False, False, True]
-    assert bytes(rows[0]["prompt_tokens"]) == b"p{'b': False}"
+    assert bytes(rows[0]["prompt_tokens"]) == b"p{'a': 'x,y'}"
     assert loads == ["M", "auto", (torch.float32, "cpu")]
     assert calls == [dict(samples=2, max_new_tokens=5, stop_ids=(0,), temperature=0.9, seed=4, slots=3,
                           vocab_size=128, progress="evaluate")]
@@ -299,10 +301,12 @@ def test_command_line_refuses_before_a_model_is_loaded(tmp_path, capsys, loads):
     for flags, sentence in ((["--out", str(tmp_path / "no" / "s.jsonl")], "its folder must exist"),
                             (["--out", str(tmp_path)], "may only be a file"),
                             (["--out", str(tmp_path / "pipe")], "may only be a file"),
+                            (["--out", data], "does not hold samples of eval.py"),
                             (["--data", str(tmp_path / "no.jsonl")], "no such file"),
                             (["--temperature", "0"], "temperature 0 gives the same response 8 times"),
                             (["--limit", "0"], "limit must be at least 1"),
                             (["--template_var", "thinking"], "expected NAME=VALUE"),
+                            (["--template_vars", "a=1,thinking"], "expected NAME=VALUE"),
                             (["--template_var", "prompt=x"], "expected NAME=VALUE"),
                             (["--device", "nosuch"], "--device nosuch: there is no such device here")):
         assert ev.main(["--model", "M", "--data", data, *flags]) == 2
@@ -321,6 +325,47 @@ def test_unknown_flags_are_errors(capsys, loads, flags):
     assert flags[-1] in said or flags[0] in said
 
 
+@pytest.mark.parametrize("content", [b"notes\n", b"{}\n", b'{"problem": 0}\n', b"[1]\n", b"3", b"\xff", b"[" * 9999])
+def test_what_eval_did_not_write_stays(tmp_path, capsys, loads, content):
+    """fails if: any file, or any JSON, may be replaced; an empty one may"""
+    data, out = write(tmp_path / "p.jsonl", {"prompt": "p", "answer": 1}), tmp_path / "out"
+    command = ["--model", "M", "--data", str(data), "--k", "1", "--max_new_tokens", "5", "--device", "cpu",
+               "--out", str(out)]
+    out.write_bytes(content)
+    assert ev.main(command) == 2 and out.read_bytes() == content and loads == []
+    assert "exists and does not hold samples of eval.py; pass another name" in capsys.readouterr().err
+    out.write_bytes(b"")
+    assert ev.main(command) == ev.main(command) == 0 and b'"problem": 0' in out.read_bytes()
+
+
+JUDGED = [      # figures of an evaluation, of an earlier one -> the figure that decides, is it better, the line
+    ({"avg@2": 0.5, "avg@2_ci": [0.4, 0.6], "pass@2": 0.75}, 0.4, "avg@2", True,
+     "avg@2 50.0% [40.0%, 60.0%]  pass@2 75.0%  "),
+    ({"avg@2": 0.5, "avg@2_ci": [0.4, 0.6], "pass@2": 0.75}, 0.5, "avg@2", False, None),
+    ({"mean_length": 3.0, "reverse_kl": 0.5, "forward_kl": 0.25}, 0.6, "reverse_kl", True,
+     "reverse_kl 0.5000  forward_kl 0.2500  "),
+    ({"reverse_kl": 0.5, "forward_kl": 0.25}, 0.5, "reverse_kl", False, None),
+    ({"reverse_kl": None, "forward_kl": None}, 0.5, "reverse_kl", False, "reverse_kl -  forward_kl -  "),
+    ({"reverse_kl": 0.5, "forward_kl": 0.25}, None, "reverse_kl", True, None),
+    ({"mean_length": 3.0}, None, None, True, ""),
+]
+
+
+@pytest.mark.parametrize("metrics, best, key, better, line", JUDGED)
+def test_accuracy_decides_else_the_distance_else_the_later_one(metrics, best, key, better, line):
+    """fails if: more distance is better, a tie is an improvement, or nothing to judge by keeps the first"""
+    assert (ev.judged_by(metrics), ev.better(metrics, best)) == (key, better)
+    assert line is None or ev.headline(metrics) == line
+
+
+def test_the_closing_words_name_the_figure_that_decided():
+    """fails if: the teacher's length is compared with a distance"""
+    assert ev.change({"avg@1": 0.1}, {"avg@1": 0.2}, {"avg@1": 1.0}) == "avg@1 10.0% -> 20.0% (teacher 100.0%)"
+    distances = [{"mean_length": 3.0, "reverse_kl": value} for value in (2.0, 1.0)]
+    assert ev.change(*distances, {"mean_length": 9.0}) == "reverse_kl 2.0000 -> 1.0000"
+    assert ev.change({"mean_length": 3.0}, {"mean_length": 4.0}, None) == "mean_length 3.0 -> 4.0"
+
+
 def test_template_variables_are_json_or_text():
     """fails if: json.loads is dropped (the text "false" is true in a template)"""
     pairs = [ev.template_variable(text) for text in ("a=false", "b=3", "c=low", "d=x=y", "e=")]
@@ -333,4 +378,4 @@ def test_every_flag_has_help(monkeypatch):
     monkeypatch.setattr(ev.argparse.ArgumentParser, "parse_args", lambda self, _: flags.extend(self._actions))
     with pytest.raises(AttributeError):         # there are no parsed flags to go on with
         ev.run([])
-    assert len(flags) == 15 and all(flag.help for flag in flags)
+    assert len(flags) == 17 and all(flag.help for flag in flags)
