@@ -42,8 +42,9 @@ class AcrossArgs:
     max_chunk: int = opt(0, "another tokenizer: chunks of more tokens than this on either side get no credit "
                             "(the paper's code: 6); 0 = off")
     mask_whitespace: bool = opt(False, "another tokenizer: no credit for tokens of white space alone")
-    min_coverage: float = opt(0.7, "another tokenizer: do not start when a smaller share of the student's "
-                                   "tokens has a teacher token of its own")
+    min_coverage: float = opt(0.7, "another tokenizer: do not start when the loss can learn from a smaller share of "
+                                   "the student's tokens: those with credit, or (strict, dense losses) with a teacher "
+                                   "token of their own")
     max_dropped: float = opt(0.01, "another tokenizer: do not start when a larger share of the responses "
                                    "cannot be read")
 

@@ -53,10 +53,12 @@ def flat(step: dict | None) -> list[dict]:
 
 
 def is_lossy(step: dict, known: tuple[str, ...]) -> bool:
-    """Whether a step may lose part of a text; replacing is allowed between spaces and their marker."""
+    """Whether a step loses part of ordinary text; replacing is allowed between spaces and their marker."""
     if step["type"] == "Replace":
         return " " not in (step["content"], step["pattern"].get("String")) or "String" not in step["pattern"]
-    return step["type"] not in known or step.get("behavior") == "Removed"
+    # inverted, what matches is the delimiter and is kept (cl100k's layout): only what no pattern matches is lost, and
+    # Side.spell finds that in the text where it happens
+    return step["type"] not in known or step.get("behavior") == "Removed" and not step.get("invert")
 
 
 def supported(tokenizer: Tokenizer) -> dict:

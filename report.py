@@ -11,11 +11,12 @@ import torch
 import credit
 import losses
 import parallel
+from across import PAIRING, Crossing
 from checkpoint import trainable
 from diagnostics import summarise
 from prepare import Setup, load_other
 from rollout import Rollout
-from step import Clock, collect, look, read
+from step import Clock, collect, look, read, taught
 from teacher import Scores, disagreement
 from tokenizer import UserError
 from update import backward, row_scale, signals
@@ -53,14 +54,29 @@ def check_tokenizers(cfg, run: Setup) -> None:
     probe = replace(cfg, lmbda=1.0, cold_start_steps=0, problems=math.ceil(50 / cfg.samples))
     rollout, _, scores, *_ = look(probe, run, 0, {}, Clock())
     found = print_fit(cfg, run, rollout, scores)
-    for value, holds, what, flag, enough in (
-            (found["strict_coverage"], found["strict_coverage"] >= cfg.min_coverage,
-             "of the student's tokens have a teacher token of their own", "min_coverage", math.floor),
+    covered, what, other = coverage(cfg, scores.crossing)
+    for value, holds, what, flag, enough, other in (
+            (covered, covered >= cfg.min_coverage, what, "min_coverage", math.floor, other),
             (found["dropped_share"], found["dropped_share"] <= cfg.max_dropped, "of the responses cannot be read",
-             "max_dropped", math.ceil)):
+             "max_dropped", math.ceil, "")):
         if not holds:
             raise UserError(f"{value:.1%} {what}, and --{flag} is {getattr(cfg, flag):.1%}: choose a teacher whose "
-                            f"tokenizer is closer to the student's, or set --{flag} {enough(100 * value) / 100:.2f}")
+                            f"tokenizer is closer to the student's{other}, or set --{flag} "
+                            f"{enough(100 * value) / 100:.2f}")
+
+
+def coverage(cfg, crossing: Crossing) -> tuple[float, str, str]:
+    """(share of the student's tokens that this run's loss can learn from, what those tokens have, which other
+    setting asks for less)."""
+    taught_N = crossing.across_N & torch.as_tensor(taught(cfg, crossing), device=crossing.device).bool()
+    rows = int(crossing.across_N.sum())
+    share = float(taught_N.sum()) / rows if rows else 1.0
+    if cfg.divergence in losses.USES_ADVANTAGE and cfg.chunk_credit != "strict":
+        return share, f"of the student's tokens get credit (--chunk_credit {cfg.chunk_credit})", ""
+    if cfg.divergence in PAIRING:
+        return share, f"of the student's tokens stand beside a distribution of the teacher ({cfg.divergence})", ""
+    return share, "of the student's tokens have a teacher token of their own", (
+        ", learn from longer chunks too (--divergence policy_gradient --chunk_credit chunk)")
 
 
 def print_fit(cfg, run: Setup, rollout: Rollout, scores: Scores) -> dict[str, float]:

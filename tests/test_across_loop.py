@@ -352,7 +352,7 @@ def test_a_resumed_run_across_tokenizers(world, command, tmp_path, monkeypatch, 
     (dict(recipe="minillm"), "--discount .* --chunk_credit"),
     (dict(max_chunk=-1), "--max_chunk must be at least 0"), (dict(chunk_clamp=-1), "--chunk_clamp must be at least 0"),
     (dict(min_coverage=1.5), "--min_coverage is a share"), (dict(max_dropped=-1), "--max_dropped is a share"),
-    (dict(min_coverage=0.99), "of the student's tokens have a teacher token of their own, and --min_coverage is 99.0%"),
+    (dict(min_coverage=0.99), r"of the student's tokens get credit \(--chunk_credit chunk\), and --min_coverage is 99.0%"),
     (dict(student="rich", teacher="two", min_coverage=0),
      "of the responses cannot be read, and --max_dropped is 1.0%")], ids=str)
 def test_a_sentence_refuses_it(world, command, tmp_path, capsys, flags, message):
