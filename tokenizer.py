@@ -170,9 +170,10 @@ class Tokenizer:
         """Token -> id, added tokens included, in the tokenizer's own spelling."""
         return self._backend.get_vocab(with_added_tokens=True)
 
-    def description(self) -> dict:
-        """tokenizer.json as it is in use, the declarations of tokenizer_config.json included; a fresh copy."""
-        return json.loads(self._backend.to_str())
+    @property
+    def backend(self) -> Backend:
+        """The tokenizers library's object, to look at; nobody changes it."""
+        return self._backend
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text as it stands: nothing is added, the text of a special token becomes that token."""
@@ -180,8 +181,12 @@ class Tokenizer:
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         with one_sentence(f"{self._path} fails on the text {ascii(text[:40])}", "correct the text or the file"):
-            if not is_text(text):
-                raise ValueError("it holds half of a character, a lone surrogate")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:     # a lone surrogate: JSON can spell it, UTF-8 cannot
+                part = ascii(text[max(0, error.start - 20):error.start + 20])
+                raise UserError(f"a text holds half of a character (a lone surrogate) in {part}; correct the "
+                                f"text") from error
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids, skip_special: bool = True) -> str:

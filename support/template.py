@@ -23,8 +23,8 @@ from pathlib import Path
 from support.errors import UserError, one_line, shown
 from support.files import checkpoint_file
 
-SECONDS = 10            # of compiling or rendering once; published templates take less than 0.01
-OUTPUT = 4 * 10**6      # bytes of one prompt: a million tokens of English, and 10 seconds of a slow tokenizer
+SECONDS = 5             # of compiling or rendering once; published templates take less than 0.01
+OUTPUT = 4 * 10**6      # bytes of one prompt: a million tokens of English; tokenizers take up to 0.8 GB for it
 MEMORY = 2**30          # bytes of address space of the process; published templates need a twentieth
 SOURCE = 2**20          # bytes of a template; published ones have less than 30,000
 START_SECONDS = 60      # until the process answers at all: Python may lie on a slow network disk
