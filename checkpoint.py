@@ -12,86 +12,33 @@ last save.
               last, best              links to two of those; older ones are deleted
 
 Everything is written under another name, flushed, and renamed into place: a file or folder with its final
-name is complete. A run is resumed from the newest complete step-* folder, whatever the links say.
+name is complete. A run is resumed from the newest complete step-* folder, whatever the links say. Names, deletion
+and what is no run: support/run_folder.py.
 
 Kept apart from train.py so that its loop stays on one screen. Not here: what is trained, and how.
 """
-import fcntl
 import json
 import math
 import os
-import shutil
+import re
 import subprocess
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import parallel
-from support.errors import UserError, one_line, read_json
+from support.errors import UserError, one_line, read_json, shown
+from support.optimizers import kinds, moments, restore_moments
+from support.run_folder import (CHECKPOINT, REMOVED, STEP, UNFINISHED, advice, flush, is_kind, is_run, lock,
+                                refuse_imitations, remove, remove_aside, remove_checkpoints, run_path, set_aside,
+                                strangers, tidy, write_bytes, write_text, writing)
 
-TEMPORARY = ".unfinished"
-MARK = {"recipe", "student", "teacher", "steps"}       # keys of a run's config.json, which no other file has together
-NAME_BYTES = 200        # a name of 255 bytes is the most that file systems take, and ours grow by a suffix
-
-
-def run_path(runs: str, name: str) -> Path:
-    """The folder of run `name` in the folder `runs`, resolved: what is looked at is what is written to.
-
-    A name is one visible part of a path. `..` would make the folder above a run, which --fresh deletes.
-    """
-    wrong = ("is empty" if not name else "begins with a dot" if name.startswith(".") else
-             "holds a path separator" if "/" in name or os.sep in name else
-             "holds a character that cannot be printed" if not name.isprintable() else
-             f"is longer than {NAME_BYTES} bytes" if len(os.fsencode(name)) > NAME_BYTES else "")
-    if wrong:
-        raise UserError(f"--name {one_line(ascii(name))[:80]} {wrong}; pass a plain name, and the folder above it as "
-                        f"--runs")
-    try:
-        str(runs).encode()
-        path, here = (Path(runs).expanduser() / name).resolve(), Path.cwd()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"--runs {ascii(str(runs))[:80]} is no folder ({one_line(error)}); pass another") from error
-    return path.relative_to(here) if path.is_relative_to(here) else path     # as short as it can be printed
-
-
-def is_run(path: Path) -> bool:
-    """Does this folder bear the mark of a run, a config.json with a run's keys?"""
-    try:
-        return MARK <= read_json(path / "config.json").keys()
-    except UserError:
-        return False
-
-
-def flush(path: Path) -> None:
-    """Ask the disk to really hold a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writing(path: Path):
-    """A full or broken disk is said in one sentence. What is already complete stays as it is."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); free some space and run the same command "
-                        f"again") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with writing(path):
-        temporary.write_text(text)
-        flush(temporary)
-        os.replace(temporary, path)
+__all__ = ["RunFolder", "recorded", "run_path", "started", "trainable", "write_text"]
+ROOT = Path(__file__).resolve().parent
 
 
 def plain(value):
@@ -103,21 +50,20 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def recorded(config: dict) -> dict:
+    """A configuration as it is written and compared. Paths inside the project are relative to it (toy/student): where
+    somebody keeps the project says nothing about the run, and these files are published."""
+    inside = re.compile(rf"(^|[=,]){re.escape(str(ROOT))}/")        # also in low=...,high=...
+    return {key: inside.sub(r"\1", value) if isinstance(value, str) else value for key, value in plain(config).items()}
+
+
 def git_commit() -> str | None:
     """The commit of the code that runs, with a + when the tree has changes; None outside a git checkout."""
     try:
-        here = Path(__file__).resolve().parent
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 STARTED = {"date": str, "torch": str, "threads": int, "slots": int, "micro_batch_tokens": int, "chunk_rows": int}
@@ -136,8 +82,8 @@ def started(path: Path) -> dict:
     except (ValueError, TypeError):
         wrong.append("date")
     if wrong:
-        raise UserError(f"{file} has {wrong[0]} = {found[wrong[0]]!r}, which no run wrote; delete that file (a run whose "
-                        f"prompts hold the date may go on differently), or pass --fresh")
+        raise UserError(f"{file} has {wrong[0]} = {shown(found[wrong[0]])}, which no run wrote; delete that file (a run "
+                        f"whose prompts hold the date may go on differently), or pass --fresh")
     return found
 
 
@@ -145,56 +91,38 @@ class RunFolder:
     """One run on disk. Opening it takes a lock, refuses another configuration, and finds where to go on."""
 
     def __init__(self, path: Path, config: dict, fresh: bool = False):
-        self.path, self.config = Path(path), plain(config)
-        self.refuse_foreign()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.refuse_foreign()       # the path may lead elsewhere now that the folders above it exist
-            self.lock = open(self.path / ".lock", "w")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path} ({error.strerror}); choose another --runs "
-                            f"folder") from error
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is training in {self.path}; wait for it or pass another "
-                            f"--name") from error
-        if fresh:
-            self.empty()
-        if (self.path / "config.json").exists():
-            self.compare(read_json(self.path / "config.json"))
-        else:
+        self.path, self.config = Path(path), recorded(config)
+        self.lock = lock(self.path)
+        remove_aside(self.path)
+        if fresh and is_run(self.path):
+            set_aside(self.path)
+            self.lock.close()           # nobody else can come by it there, and NFS cannot delete an open file
+            remove_aside(self.path)
+            self.lock = lock(self.path)
+        refuse_imitations(self.path)
+        if is_run(self.path):
+            self.compare(recorded(read_json(self.path / "config.json")))
+        with writing(self.path):
+            tidy(self.path)
+        if not is_run(self.path):
             write_text(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
-        for leftover in list(self.path.rglob("*" + TEMPORARY)):
-            remove(leftover)
-
-    def refuse_foreign(self) -> None:
-        """Only a run, or a folder in which nothing is but what a start that was cut short leaves, is touched."""
-        try:
-            names = {item.name for item in self.path.iterdir()} if self.path.is_dir() else set()
-        except OSError as error:
-            raise UserError(f"cannot read {self.path} ({error.strerror}); choose another --runs folder") from error
-        if names - {".lock", "config.json" + TEMPORARY} and not is_run(self.path):
-            raise UserError(f"{self.path} exists and is no run (it holds {min(names)}); pass another --name")
-
-    def empty(self) -> None:
-        # config.json goes last: a deletion that is cut short must still know whose remains these are
-        for item in sorted(self.path.iterdir(), key=lambda item: item.name == "config.json"):
-            if item.name != ".lock":
-                remove(item)
 
     def compare(self, old: dict) -> None:
         """The same run must mean the same configuration, or its curve would be two experiments glued
         together."""
         if changed := [key for key in self.config if old.get(key) != self.config[key]]:
             key = changed[0]
-            raise UserError(f"{self.path} was started with {key} = {old.get(key)!r}, now it is {self.config[key]!r}; "
-                            f"pass another --name, or --fresh to delete that run and start again")
+            raise UserError(f"{self.path} was started with {key} = {shown(old.get(key))}, now it is "
+                            f"{shown(self.config[key])}; pass another --name, or --fresh to delete that run and start "
+                            f"again")
 
     # checkpoints
 
     def steps(self) -> list[int]:
-        return sorted(int(item.name.removeprefix("step-")) for item in self.path.glob("step-*") if item.suffix == "")
+        """Of the complete checkpoints."""
+        names = (item.name for item in self.path.iterdir() if re.fullmatch(STEP, item.name) and is_kind(item, CHECKPOINT))
+        return sorted(step for step, name in ((int(name[5:]), name) for name in names)
+                      if name == self.step_folder(step).name)
 
     def step_folder(self, step: int) -> Path:
         return self.path / f"step-{step:06d}"
@@ -203,57 +131,77 @@ class RunFolder:
         """A complete checkpoint or none: when the disk fills up, the unfinished one is removed and the
         previous stays."""
         final = self.step_folder(step)
-        temporary = final.with_name(final.name + TEMPORARY)
+        temporary = final.with_name(final.name + UNFINISHED)
         try:
+            temporary.mkdir()
             model.save(temporary)
             tokenizer.save(temporary)
-            save_file(trainer_tensors(model, optimizer, average), temporary / "trainer.safetensors")
-            (temporary / "trainer.json").write_text(json.dumps(plain({**state, "step": step}), indent=2) + "\n")
+            tensors, numbers = trainer_tensors(model, optimizer, average)
+            save_file(tensors, temporary / "trainer.safetensors")
+            record = {**state, "step": step, "optimizer": {"kind": kinds(optimizer), "numbers": numbers}}
+            (temporary / "trainer.json").write_text(json.dumps(plain(record), indent=2) + "\n")
             for file in [*temporary.iterdir(), temporary]:
                 flush(file)
-            shutil.rmtree(final, ignore_errors=True)
+            if step in self.steps():
+                remove_checkpoints([final])
             os.replace(temporary, final)
             self.link("last", final)
             if best:
                 self.link("best", final)
             flush(self.path)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            discard(temporary)
             kept = "no checkpoint existed yet"
             if self.steps():
                 kept = f"the checkpoint of step {self.steps()[-1]} is intact"
-            raise UserError(f"saving step {step} to {self.path} failed ({error}); {kept}: free some space and run the "
-                            f"same command again") from error
+            raise UserError(f"saving step {step} to {self.path} failed ({shown(one_line(error))}); {kept}: "
+                            f"{advice(error)}") from error
+        self.prune()
+
+    def prune(self) -> None:
+        """Delete all checkpoints but those that last and best lead to. A run that cannot delete goes on."""
         keep = {(self.path / name).resolve().name for name in ("last", "best") if (self.path / name).exists()}
-        for old in self.steps():
-            if self.step_folder(old).name not in keep:
-                shutil.rmtree(self.step_folder(old))
+        try:
+            remove_checkpoints([folder for folder in map(self.step_folder, self.steps()) if folder.name not in keep])
+        except OSError as error:
+            tqdm.write(f"warning: an old checkpoint in {self.path} cannot be removed ({error.strerror or error}); the new "
+                       f"one is complete, and the run goes on")
 
     def link(self, name: str, target: Path) -> None:
-        temporary = self.path / (name + TEMPORARY)
+        link = self.path / name
+        temporary = link.with_name(name + UNFINISHED)
+        if os.path.lexists(link) and not link.is_symlink():
+            raise UserError(f"{link} is not the link that a run makes; move it elsewhere and run the same command again")
+        temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
-        os.replace(temporary, self.path / name)
+        os.replace(temporary, link)
 
-    def resume(self, model, optimizer, average=None) -> dict | None:
+    def resume(self, model, optimizer, average=None, like: dict | None = None) -> dict | None:
         """Load the newest checkpoint into model, optimizer and the teacher's running average; return its
         state, or None at the very start. Records of steps after it are cut off metrics.jsonl: they will be
-        made again."""
+        made again. like: what the state must hold at least, with values of the same kinds."""
         if not self.steps():
-            state = None
-        else:
-            folder = self.step_folder(self.steps()[-1])
+            self.trim_metrics(-1)
+            return None
+        folder = self.step_folder(self.steps()[-1])
+        try:
             state = read_json(folder / "trainer.json")
-            try:
-                # read on the CPU: a second copy of weights and moments may not fit on the device
-                restore(load_file(folder / "trainer.safetensors"), model, optimizer, average)
-            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-                raise UserError(f"{folder} cannot be resumed ({error}); delete that folder to go on from an older "
-                                f"checkpoint, or pass --fresh") from error
-            with writing(self.path / "last"):       # the process may have died before it set the links
-                self.link("last", folder)
-                if state.get("best_step") == state["step"]:
-                    self.link("best", folder)
-        self.trim_metrics(state["step"] if state else -1)
+            check_state(state, {"step": 0, **(like or {})}, self.steps()[-1])
+            optimized = state.pop("optimizer", {})
+            if (kind := optimized.get("kind", kinds(optimizer))) != kinds(optimizer):
+                raise ValueError(f"it was trained with {kind}, now it is {kinds(optimizer)}")
+            # read on the CPU: a second copy of weights and moments may not fit on the device
+            restore(load_file(folder / "trainer.safetensors"), optimized.get("numbers", {}), model, optimizer, average)
+        except (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).rpartition("; ")[0] if isinstance(error, UserError) else repr(error)
+            raise UserError(f"{folder} cannot be resumed ({shown(one_line(reason))}); delete that folder to go on from "
+                            f"an older checkpoint, or pass --fresh") from error
+        with writing(self.path / "last"):       # the process may have died before it set the links
+            self.link("last", folder)
+            if state.get("best_step") == state["step"]:
+                self.link("best", folder)
+        self.prune()
+        self.trim_metrics(state["step"])
         return state
 
     # records
@@ -268,17 +216,19 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def trim_metrics(self, step: int) -> None:
+        """Cut off what was recorded after this step, and the record that was being written when the process died."""
+        *lines, cut = self.metrics.read_bytes().split(b"\n") if self.metrics.exists() else [b""]
         kept = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:          # the line that was being written when the process died
-                continue
-            if record.get("step", -1) <= step:
-                kept.append(line)
+        for number, line in enumerate([*lines, cut], 1):
+            at = recorded_step(line)
+            if at is None and line.strip() and not (number > len(lines) and line.lstrip(b"\0")[:1] in (b"{", b"")):
+                raise UserError(f"{self.metrics}, line {number}, is no record of a run; move that line elsewhere and run "
+                                f"the same command again")
+            if at is not None and at <= step:
+                kept.append(line + b"\n")
         if not kept:
-            kept = [json.dumps({"config": self.config, "commit": git_commit()})]
-        write_text(self.metrics, "\n".join(kept) + "\n")
+            kept = [json.dumps({"config": self.config, "commit": git_commit()}).encode() + b"\n"]
+        write_bytes(self.metrics, b"".join(kept))
 
     def log(self, record: dict) -> None:
         with writing(self.metrics), open(self.metrics, "a") as file:
@@ -297,31 +247,61 @@ class RunFolder:
         return read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
 
 
+def discard(folder: Path) -> None:
+    """An unfinished checkpoint makes room at once, if the disk lets it; if not, the next start deletes it."""
+    try:
+        if not any(strangers(folder, CHECKPOINT)):
+            remove(folder, CHECKPOINT)
+    except OSError:
+        pass
+
+
+def recorded_step(line: bytes) -> int | None:
+    """The step of a record in metrics.jsonl; -1: the first line, the configuration; None: no record of a run."""
+    try:
+        record = json.loads(line)
+        step = -1 if "config" in record else record["step"]
+        return step if type(step) is int else None
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+
+
+def check_state(state: dict, like: dict, step: int) -> None:
+    """Hands may have been in it: the loop would stumble over a missing or different value much later."""
+    for key, value in like.items():
+        number = isinstance(value, (int, float))
+        if key not in state or (not isinstance(state[key], (int, float)) if number else
+                                value is not None and type(state[key]) is not type(value)):
+            raise ValueError(f"trainer.json lacks a usable {key}")
+    if state["step"] != step:
+        raise ValueError(f"trainer.json is of step {shown(state['step'])}")
+
+
+# What the Hugging Face folder does not hold
+
 def trainable(model) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def trainer_tensors(model, optimizer, average=None) -> dict[str, torch.Tensor]:
-    """What the Hugging Face folder beside it does not hold: the trained weights as stored (float32 masters,
-    adapters unmerged), the optimizer's moments, and the running average where there is one."""
+def trainer_tensors(model, optimizer, average=None) -> tuple[dict[str, torch.Tensor], dict]:
+    """The trained weights as stored (float32 masters, adapters unmerged), the running average where there is one, what
+    the optimizer remembers; and its numbers that are no tensors."""
     tensors = {f"average/{name}": parallel.on_host(p) for name, p in average.named_parameters()} if average else {}
-    for name, parameter in trainable(model):
-        tensors[f"weight/{name}"] = parallel.on_host(parameter)
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = parallel.on_host(value)
-    return tensors
+    tensors |= {f"weight/{name}": parallel.on_host(parameter) for name, parameter in trainable(model)}
+    remembered, numbers = moments(model, optimizer)
+    return tensors | remembered, numbers
 
 
-def restore(tensors: dict[str, torch.Tensor], model, optimizer, average=None) -> None:
-    moments = {}
-    for name, parameter in average.named_parameters() if average else ():
-        with torch.no_grad():
-            parameter.copy_(parallel.like(tensors.pop(f"average/{name}"), parameter))
-    for index, (name, parameter) in enumerate(trainable(model)):
-        with torch.no_grad():
-            parameter.copy_(parallel.like(tensors.pop(f"weight/{name}"), parameter))
-        own = [key for key in tensors if key.split("/", 1)[1] == name]
-        if own:
-            moments[index] = {key.split("/", 1)[0]: parallel.like(tensors.pop(key), parameter) for key in own}
-    # the learning rate and its schedule belong to the configuration, not to the checkpoint
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+def restore(tensors: dict[str, torch.Tensor], numbers: dict, model, optimizer, average=None) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} in trainer.safetensors holds NaN or infinity")
+    parts = [("average", average.named_parameters() if average else ()), ("weight", trainable(model))]
+    for kind, parameters in parts:
+        for name, parameter in parameters:
+            tensor = tensors.pop(f"{kind}/{name}")
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{kind}/{name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+            with torch.no_grad():
+                parameter.copy_(parallel.like(tensor, parameter))
+    restore_moments(tensors, numbers, model, optimizer)

@@ -177,14 +177,20 @@ def largest(number: int) -> int:
     return int(out)
 
 
-def gather(part) -> list:
-    """Every process's object, by rank."""
+def gather(part_N: Tensor) -> list[Tensor]:
+    """Every process's tensor (N, ...) on the CPU, by rank; N may differ. Numbers only: torch sends objects as pickles,
+    which run as programs where they arrive, and the port is open to whoever can reach it."""
     if Group.world == 1:
-        return [part]
+        return [part_N]
     import torch.distributed as dist
-    parts = [None] * Group.world
-    dist.all_gather_object(parts, part)
-    return parts
+    sizes = torch.zeros(Group.world, dtype=torch.int64)
+    sizes[Group.rank] = len(part_N)
+    dist.all_reduce(sizes)
+    padded = part_N.new_zeros(int(sizes.max()), *part_N.shape[1:])
+    padded[:len(part_N)] = part_N
+    parts = [torch.empty_like(padded) for _ in range(Group.world)]
+    dist.all_gather(parts, padded)
+    return [part[:size] for part, size in zip(parts, sizes.tolist())]
 
 
 def joined(value, mine_N: Tensor):
@@ -263,16 +269,23 @@ def divided(generate):
         if isinstance(model, Sharded):
             model = model.copy_as(model.compute_dtype)
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-        mine, part = list(range(Group.rank, len(prompts), Group.world)), []
+        mine = list(range(Group.rank, len(prompts), Group.world))
+        tokens_N3, ends_S2 = torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 2, dtype=torch.int64)
         if mine:
             out = generate(model, [prompts[i] for i in mine], samples=samples, numbers=mine,
                            max_new_tokens=[limits[i] for i in mine], **settings)
-            part = list(zip(*([x[mask] for x, mask in zip(x_BT.cpu(), out.mask_BT.cpu())]
-                              for x_BT in (out.tokens_BT, out.logp_BT, out.entropy_BT)), out.finished_B.tolist()))
-        parts = gather(part)
+            mask_BT = out.mask_BT.cpu()     # float64 holds ids and float32 numbers exactly
+            tokens_N3 = torch.stack([x_BT.cpu()[mask_BT].double()
+                                     for x_BT in (out.tokens_BT, out.logp_BT, out.entropy_BT)], 1)
+            ends_S2 = torch.stack([mask_BT.sum(1), out.finished_B.cpu().long()], 1)
+        parts = [list(zip(rows_N3.split(sizes_S2[:, 0].tolist()), sizes_S2[:, 1].tolist()))
+                 for rows_N3, sizes_S2 in zip(gather(tokens_N3), gather(ends_S2))]
         whole = [parts[i % Group.world][i // Group.world * samples + sample]
                  for i in range(len(prompts)) for sample in range(samples)]
-        return assemble([prompt for prompt in prompts for _ in range(samples)], *map(list, zip(*whole)), model.device)
+        tokens, logps, entropies = ([rows_N3[:, column].float() if column else rows_N3[:, column].long()
+                                     for rows_N3, _ in whole] for column in range(3))
+        return assemble([prompt for prompt in prompts for _ in range(samples)], tokens, logps, entropies,
+                        [bool(finished) for _, finished in whole], model.device)
     return wrapped
 
 
@@ -402,7 +415,7 @@ class Follower:
     def nothing(self, *args) -> None:
         pass
 
-    link = trim_metrics = log = write_samples = note_start = nothing
+    link = prune = trim_metrics = log = write_samples = note_start = nothing
 
 
 def run_folder(kind, path, config: dict, fresh: bool = False):

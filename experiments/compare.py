@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from checkpoint import plain  # noqa: E402
+from checkpoint import recorded  # noqa: E402
 from prepare import needs  # noqa: E402
 
 # t(0.975, n - 1)
@@ -94,8 +94,8 @@ def finished(folder: Path, line: list[str]) -> bool:
     if not (folder / "summary.json").exists():
         return False
     wanted = asdict(train.parse(line)[0])
-    found = json.loads((folder / "config.json").read_text())
-    return found == plain({key: value for key, value in wanted.items() if key not in train.NOT_THE_RUN})
+    found = recorded(json.loads((folder / "config.json").read_text()))
+    return found == recorded({key: value for key, value in wanted.items() if key not in train.NOT_THE_RUN})
 
 
 def run(label: str, command: str, flags: str, seed: int, runs: Path) -> Path:
@@ -158,7 +158,7 @@ def accuracy_by(folder: Path, kind: Callable[[dict], str], step: int | None = No
     """kind of problem -> accuracy on the held-out problems of this kind, at one evaluation (None: the last).
     kind is a function of a problem's record."""
     config = json.loads((folder / "config.json").read_text())
-    problems = [json.loads(line) for line in Path(config["eval_data"]).read_text().splitlines()]
+    problems = [json.loads(line) for line in Path(ROOT, config["eval_data"]).read_text().splitlines()]
     files = sorted((folder / "samples").glob("step-*.jsonl"))
     file = files[-1] if step is None else folder / "samples" / f"step-{step:06d}.jsonl"
     return mean_by(kind, problems, [json.loads(line) for line in file.read_text().splitlines()])

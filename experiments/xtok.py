@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compare import TOY, accuracy_key, cost_to_reach, number, options, percent, records, run_all, summary, table
+from compare import ROOT, TOY, accuracy_key, cost_to_reach, number, options, percent, records, run_all, summary, table
 from model import Transformer
 from tokenizer import Tokenizer
 from weights import load_config
@@ -66,6 +66,7 @@ def prompt_tokens(folder: str, data: str) -> float:
 def spent(folder: Path) -> list[tuple[int, float, float, float]]:
     """(step, accuracy, FLOPs so far, the teacher's among them) at every evaluation."""
     cfg = json.loads((folder / "config.json").read_text())
+    cfg |= {key: str(Path(ROOT, cfg[key])) for key in ("student", "teacher", "data")}
     sequences = cfg["problems"] * cfg["samples"]
     asked = {side: prompt_tokens(cfg[side], cfg["data"]) * sequences for side in ("student", "teacher")}
     points, total, teacher = [], 0.0, 0.0

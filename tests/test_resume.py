@@ -26,6 +26,7 @@ import model as model_file  # noqa: E402
 import train  # noqa: E402
 from checkpoint import RunFolder  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
+from support import run_folder  # noqa: E402
 from tokenizer import Tokenizer, UserError  # noqa: E402
 
 KILLS = int(os.environ.get("RESUME_KILLS", "4"))
@@ -45,7 +46,7 @@ def result(folder):
     def without_seconds(value):
         if isinstance(value, dict):
             return {key: without_seconds(item) for key, item in value.items()
-                    if "second" not in key and key not in ("phases", "timings", "peak_memory")}
+                    if "second" not in key and key not in ("commit", "phases", "timings", "peak_memory")}
         return value
     texts = (folder / "metrics.jsonl").read_text().splitlines()
     texts += [(folder / name).read_text() for name in ("last/trainer.json", "summary.json")]
@@ -276,13 +277,15 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(
 
 def test_a_full_disk_between_checkpoints_is_one_sentence(command, tmp_path, monkeypatch, capsys):
     """fails if: records or samples that cannot be written end in a traceback."""
-    for method in ("write_samples", "write_summary", "log"):
+    def full(*args, **kwargs):
+        raise disk_full()
+    for method in ("write_samples", "write_summary", "log", "note_start"):
         folder = RunFolder(tmp_path / method, MARKED)
-        (folder.path / "samples").write_text("in the way")
-        (folder.path / "metrics.jsonl").mkdir()
-        (folder.path / "summary.json").mkdir()
+        for owner, name in ((Path, "mkdir"), (Path, "write_bytes"), (checkpoint, "open")):
+            monkeypatch.setattr(owner, name, full, raising=False)
         with pytest.raises(UserError, match="cannot write .*; free some space and run the same command"):
             getattr(folder, method)(*([1, []] if method == "write_samples" else [{}]))
+        monkeypatch.undo()
 
 
 # every instant
@@ -291,16 +294,16 @@ class Death(BaseException):
     """Like a kill: nothing catches it."""
 
 
-OPERATIONS = [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (shutil, "copyfile"),
-              (checkpoint, "save_file"), (model_file, "save_file"), (Path, "write_text"), (Path, "unlink"),
+OPERATIONS = [(os, "replace"), (os, "fsync"), (shutil, "copyfile"), (checkpoint, "save_file"),
+              (model_file, "save_file"), (Path, "write_text"), (Path, "write_bytes"), (Path, "unlink"), (Path, "rmdir"),
               (Path, "symlink_to"), (Path, "mkdir")]
 
 
 def break_operation(patch, fatal, error):
     """File operation number `fatal` raises; on a full disk so do all later ones that need space. A write
     leaves half of its file. Returns a list with an entry per operation."""
-    done, deletions = [], (shutil.rmtree, Path.unlink)
-    written = {checkpoint.save_file: 1, shutil.copyfile: 1, Path.write_text: 0}     # which argument is a file
+    done, deletions = [], (Path.rmdir, Path.unlink)
+    written = {checkpoint.save_file: 1, shutil.copyfile: 1, Path.write_text: 0, Path.write_bytes: 0}    # the file's place
     def wrap(real):
         def operation(*args, **kwargs):
             done.append(real)
@@ -326,13 +329,13 @@ def check_links(folder):
             assert Tokenizer(link).stop_ids
 
 
-def small_run(folder, tokenizer, steps=4):
+def small_run(folder, tokenizer, steps=4, fresh=False, **other):
     """RunFolder used as train.py does, with a model that its optimizer moves. Steps 1 and 3 are the best."""
     config = dict(model_type="llama", vocab_size=3, hidden_size=2, intermediate_size=2, num_hidden_layers=1,
                   num_attention_heads=1)
     model = Transformer(ModelConfig.from_dict(config)).init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    run = RunFolder(folder, MARKED)
+    run = RunFolder(folder, {**MARKED, **other}, fresh)
     state = run.resume(model, optimizer) or {"step": 0}
     while state["step"] < steps:
         step = state["step"] = state["step"] + 1
@@ -355,11 +358,13 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, pair, monkeypat
             assert {Path(source), *Path(source).glob("*")} <= set(flushed)
             renamed.append(Path(target).name)
         real(source, target)
-    monkeypatch.setattr(checkpoint, "flush", flushed.append)
+    for file in (checkpoint, run_folder):
+        monkeypatch.setattr(file, "flush", flushed.append)
     monkeypatch.setattr(os, "replace", replace)
     small_run(tmp_path / "run", Tokenizer(pair / "student"), steps=2)
     assert {"config.json", "metrics.jsonl", "step-000001", "step-000002", "summary.json"} <= set(renamed)
     assert flushed.count(tmp_path / "run") == 2
+    assert flushed[-1] == tmp_path / "run/summary.json.unfinished"
 
 
 def disk_full():
@@ -391,3 +396,33 @@ def test_no_file_operation_is_a_bad_instant(tmp_path, pair, monkeypatch, error):
         assert result(folder) == expected, fatal
         shutil.rmtree(folder)
     assert fatal > 100
+
+
+def test_a_killed_fresh_leaves_the_old_run_whole_or_nothing_of_it(tmp_path, pair, monkeypatch):
+    """The old run has another configuration: the next command without --fresh may refuse it, but only as it was.
+    fails if: what is half deleted bears the name of a run, or something is left over."""
+    tokenizer = Tokenizer(pair / "student")
+    small_run(tmp_path / "calm/a", tokenizer, steps=1, seed=0)
+    small_run(tmp_path / "old/a", tokenizer, steps=2, seed=1)
+    expected, old = result(tmp_path / "calm/a"), result(tmp_path / "old/a")
+    refused = 0
+    for fatal in range(1000):
+        runs = tmp_path / str(fatal)
+        shutil.copytree(tmp_path / "old", runs, symlinks=True)
+        with monkeypatch.context() as patch:
+            done = break_operation(patch, fatal, Death)
+            try:
+                small_run(runs / "a", tokenizer, steps=1, fresh=True, seed=0)
+            except Death:
+                pass
+        if len(done) <= fatal:
+            break
+        try:
+            small_run(runs / "a", tokenizer, steps=1, seed=0)
+        except UserError as error:
+            assert "was started with seed" in str(error) and result(runs / "a") == old
+            refused += 1
+        else:
+            assert result(runs / "a") == expected and os.listdir(runs) == ["a"], fatal
+        shutil.rmtree(runs)
+    assert fatal > 40 and refused in (1, 2)
