@@ -87,6 +87,15 @@ def started(path: Path) -> dict:
     return found
 
 
+# what reading a damaged file may end in
+DAMAGE = (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError, AttributeError)
+
+
+def reason(error: Exception) -> str:
+    """What is wrong, without the advice of who found it."""
+    return shown(one_line(str(error).rpartition("; ")[0] if isinstance(error, UserError) else repr(error)))
+
+
 class RunFolder:
     """One run on disk. Opening it takes a lock, refuses another configuration, and finds where to go on."""
 
@@ -94,18 +103,18 @@ class RunFolder:
         self.path, self.config = Path(path), recorded(config)
         self.lock = lock(self.path)
         remove_aside(self.path)
-        if fresh and is_run(self.path):
-            set_aside(self.path)
-            self.lock.close()           # nobody else can come by it there, and NFS cannot delete an open file
-            remove_aside(self.path)
-            self.lock = lock(self.path)
-        refuse_imitations(self.path)
-        if is_run(self.path):
-            self.compare(recorded(read_json(self.path / "config.json")))
         with writing(self.path):
+            if fresh and is_run(self.path):
+                set_aside(self.path)
+                self.lock.close()       # nobody else can come by it there, and NFS cannot delete an open file
+                remove_aside(self.path)
+                self.lock = lock(self.path)
+            refuse_imitations(self.path)
+            if is_run(self.path):
+                self.compare(recorded(read_json(self.path / "config.json")))
             tidy(self.path)
-        if not is_run(self.path):
-            write_text(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+            if not is_run(self.path):
+                write_text(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     def compare(self, old: dict) -> None:
         """The same run must mean the same configuration, or its curve would be two experiments glued
@@ -192,10 +201,9 @@ class RunFolder:
                 raise ValueError(f"it was trained with {kind}, now it is {kinds(optimizer)}")
             # read on the CPU: a second copy of weights and moments may not fit on the device
             restore(load_file(folder / "trainer.safetensors"), optimized.get("numbers", {}), model, optimizer, average)
-        except (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error).rpartition("; ")[0] if isinstance(error, UserError) else repr(error)
-            raise UserError(f"{folder} cannot be resumed ({shown(one_line(reason))}); delete that folder to go on from "
-                            f"an older checkpoint, or pass --fresh") from error
+        except DAMAGE as error:
+            raise UserError(f"{folder} cannot be resumed ({reason(error)}); delete that folder to go on from an older "
+                            f"checkpoint, or pass --fresh") from error
         with writing(self.path / "last"):       # the process may have died before it set the links
             self.link("last", folder)
             if state.get("best_step") == state["step"]:
@@ -217,7 +225,8 @@ class RunFolder:
 
     def trim_metrics(self, step: int) -> None:
         """Cut off what was recorded after this step, and the record that was being written when the process died."""
-        *lines, cut = self.metrics.read_bytes().split(b"\n") if self.metrics.exists() else [b""]
+        with writing(self.metrics):
+            *lines, cut = self.metrics.read_bytes().split(b"\n") if self.metrics.exists() else [b""]
         kept = []
         for number, line in enumerate([*lines, cut], 1):
             at = recorded_step(line)
@@ -243,8 +252,13 @@ class RunFolder:
     def write_summary(self, summary: dict) -> None:
         write_text(self.path / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
 
-    def summary(self) -> dict | None:
-        return read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
+    def summary(self, describe) -> str:
+        """describe(what summary.json holds), or one sentence where hands have been in it."""
+        try:
+            return describe(read_json(self.path / "summary.json"))
+        except DAMAGE as error:
+            raise UserError(f"{self.path / 'summary.json'} is not what a run writes ({reason(error)}); delete it, and the "
+                            f"same command writes it again") from error
 
 
 def discard(folder: Path) -> None:

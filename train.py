@@ -38,6 +38,10 @@ from support.held_out import distance
 # nats per token between the log-probs of sampler and trainer that rounding explains
 SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
+# what a run counts, as it begins
+START = {"step": 0, "best_step": 0, "seconds": 0.0, "tokens": 0, "phases": {}, "skipped": 0, "skipped_in_a_row": 0,
+         "empty": 0, "sampler_gap": 0.0}
+
 
 def test_teachers(cfg: Config, run: Setup) -> dict | None:
     """Held-out metrics of the teacher; of several, each on the problems routed to it (None: no problem names
@@ -152,9 +156,8 @@ def begin(cfg: Config, folder: RunFolder, run: Setup) -> dict:
     teacher = test_teachers(cfg, run) if run.teachers and cfg.eval_teacher and cfg.teacher != "self" else None
     if teacher:
         print(test_line("teacher", teacher))
-    state = {"step": 0, "before": before, "teacher": teacher, "best": before.get(judged_by(before)), "best_step": 0,
-             "after": before, "seconds": 0.0, "skipped": 0,
-             "skipped_in_a_row": 0, "empty": 0, "sampler_gap": 0.0, "tokens": 0, "phases": {}}
+    state = {**START, "phases": {}, "before": before, "teacher": teacher, "best": before.get(judged_by(before)),
+             "after": before}
     folder.log({"step": 0, "eval": before, "eval_teacher": teacher})
     tokens = sum(round(m["mean_length"] * m["problems"] * cfg.eval_k) for m in (before, teacher) if m)
     note_time(state, {"tokens": tokens}, {"evaluation": time.perf_counter() - begun})
@@ -167,7 +170,7 @@ def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) ->
     optimizer = torch.optim.AdamW([p for _, p in trainable(run.student)], lr=cfg.lr, betas=(0.9, 0.999),
                                   weight_decay=cfg.weight_decay, fused=run.student.device.type in ("cuda", "cpu"))
     started, track = time.perf_counter(), trackers(cfg, folder)
-    state = folder.resume(run.student, optimizer, run.average)
+    state = folder.resume(run.student, optimizer, run.average, like={**START, "before": {}, "after": {}})
     if state:
         print(f"resume  {folder.path} from step {state['step']}")
     if cfg.compile:
@@ -283,10 +286,10 @@ def finish(cfg: Config, folder: RunFolder, state: dict, run: Setup, memory_befor
                           "recipe": cfg.recipe, "timings": timings(state),
                           "planned_memory": run.planned_memory,
                           "peak_memory": used_memory(run.student.device, memory_before)})
-    print(closing_line(cfg, folder, folder.summary()))
+    print(folder.summary(lambda summary: closing_line(folder, summary)))
 
 
-def closing_line(cfg: Config, folder: RunFolder, summary: dict) -> str:
+def closing_line(folder: RunFolder, summary: dict) -> str:
     shares = "  ".join(f"{phase} {t['share']:.0%}"
                        + (f" ({t['tokens_per_second']:,.0f} tokens/s)" if t["tokens_per_second"] else "")
                        for phase, t in summary["timings"].items())
@@ -318,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.path.exists(path / "summary.json") and not (cfg.fresh or look_only):
             folder = parallel.run_folder(RunFolder, path, lasting)
             print(f"{path} is complete; pass --fresh to run it again, or change a flag for another run")
-            print(closing_line(cfg, folder, folder.summary()))
+            print(folder.summary(lambda summary: closing_line(folder, summary)))
             return 0
         give_back_freed_memory()
         memory_before = used_memory(torch.device("cpu"))
