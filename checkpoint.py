@@ -82,8 +82,8 @@ def started(path: Path) -> dict:
     except (ValueError, TypeError):
         wrong.append("date")
     if wrong:
-        raise UserError(f"{file} has {wrong[0]} = {shown(found[wrong[0]])}, which no run wrote; delete that file (a run "
-                        f"whose prompts hold the date may go on differently), or pass --fresh")
+        raise UserError(f"{file} has {wrong[0]} = {shown(found[wrong[0]])}, which no run wrote; delete that file (a "
+                        f"run whose prompts hold the date may go on differently), or pass --fresh")
     return found
 
 
@@ -129,9 +129,9 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints."""
-        names = (item.name for item in self.path.iterdir() if re.fullmatch(STEP, item.name) and is_kind(item, CHECKPOINT))
-        return sorted(step for step, name in ((int(name[5:]), name) for name in names)
-                      if name == self.step_folder(step).name)
+        names = [item.name for item in self.path.iterdir()
+                 if re.fullmatch(STEP, item.name) and is_kind(item, CHECKPOINT)]
+        return sorted(int(name[5:]) for name in names if name == self.step_folder(int(name[5:])).name)
 
     def step_folder(self, step: int) -> Path:
         return self.path / f"step-{step:06d}"
@@ -173,14 +173,15 @@ class RunFolder:
         try:
             remove_checkpoints([folder for folder in map(self.step_folder, self.steps()) if folder.name not in keep])
         except OSError as error:
-            tqdm.write(f"warning: an old checkpoint in {self.path} cannot be removed ({error.strerror or error}); the new "
-                       f"one is complete, and the run goes on")
+            tqdm.write(f"warning: an old checkpoint in {self.path} cannot be removed ({error.strerror or error}); the "
+                       f"new one is complete, and the run goes on")
 
     def link(self, name: str, target: Path) -> None:
         link = self.path / name
         temporary = link.with_name(name + UNFINISHED)
         if os.path.lexists(link) and not link.is_symlink():
-            raise UserError(f"{link} is not the link that a run makes; move it elsewhere and run the same command again")
+            raise UserError(f"{link} is not the link that a run makes; move it elsewhere and run the same command "
+                            f"again")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
         os.replace(temporary, link)
@@ -231,8 +232,8 @@ class RunFolder:
         for number, line in enumerate([*lines, cut], 1):
             at = recorded_step(line)
             if at is None and line.strip() and not (number > len(lines) and line.lstrip(b"\0")[:1] in (b"{", b"")):
-                raise UserError(f"{self.metrics}, line {number}, is no record of a run; move that line elsewhere and run "
-                                f"the same command again")
+                raise UserError(f"{self.metrics}, line {number}, is no record of a run; move that line elsewhere and "
+                                f"run the same command again")
             if at is not None and at <= step:
                 kept.append(line + b"\n")
         if not kept:
@@ -257,8 +258,8 @@ class RunFolder:
         try:
             return describe(read_json(self.path / "summary.json"))
         except DAMAGE as error:
-            raise UserError(f"{self.path / 'summary.json'} is not what a run writes ({reason(error)}); delete it, and the "
-                            f"same command writes it again") from error
+            raise UserError(f"{self.path / 'summary.json'} is not what a run writes ({reason(error)}); delete it, and "
+                            f"the same command writes it again") from error
 
 
 def discard(folder: Path) -> None:

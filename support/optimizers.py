@@ -52,7 +52,7 @@ class Optimizers:
             size = sum(len(group["params"]) for group in part.param_groups)
             own, groups = groups[:len(part.param_groups)], groups[len(part.param_groups):]
             part.load_state_dict({
-                "state": {number - first: moments for number, moments in state.items() if first <= number < first + size},
+                "state": {number: state[first + number] for number in range(size) if first + number in state},
                 "param_groups": [{**group, "params": [number - first for number in group["params"]]} for group in own]})
             first += size
 
@@ -67,8 +67,8 @@ def named(model: nn.Module, optimizer) -> list[tuple[str, nn.Parameter]]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if foreign := [parameter for parameter in parameters if parameter not in names]:
-        raise UserError(f"the optimizer trains a parameter of shape {tuple(foreign[0].shape)} that the student does not "
-                        f"hold, so it cannot be saved; make it a parameter of the student")
+        raise UserError(f"the optimizer trains a parameter of shape {tuple(foreign[0].shape)} that the student does "
+                        f"not hold, so it cannot be saved; make it a parameter of the student")
     return [(names[parameter], parameter) for parameter in parameters]
 
 
@@ -82,8 +82,8 @@ def moments(model: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict[str, d
             elif value is None or isinstance(value, (bool, int, float)):
                 numbers.setdefault(name, {})[key] = value
             else:
-                raise UserError(f"{kinds(optimizer)} keeps a {type(value).__name__} as {key}, which cannot be saved; use "
-                                f"an optimizer whose state is tensors and numbers")
+                raise UserError(f"{kinds(optimizer)} keeps a {type(value).__name__} as {key}, which cannot be saved; "
+                                f"use an optimizer whose state is tensors and numbers")
     return tensors, numbers
 
 

@@ -28,11 +28,13 @@ NAME_BYTES = 200        # file systems take 255, and ours grow by a prefix and a
 UNFINISHED, REMOVED = ".unfinished", ".removed"
 FILE, LINK = "file", "link"
 STEP = "step-[0-9]{6,}"
-CHECKPOINT = dict.fromkeys([*map(re.escape, TEXT_FILES), r"config\.json", r"model\.safetensors", r"trainer\.safetensors",
-                            r"trainer\.json", r"\.tmp\w{6}"], FILE)      # the last: a file that safetensors is writing
+CHECKPOINT = dict.fromkeys([*map(re.escape, TEXT_FILES), r"config\.json", r"model\.safetensors",
+                            r"trainer\.safetensors", r"trainer\.json",
+                            r"\.tmp\w{6}"], FILE)      # a file that safetensors is writing
 KNOWN = {       # pattern of a name -> a file, a link, or the names in that folder
     r"\.lock": FILE, r"config\.json": FILE, r"started\.json": FILE, r"metrics\.jsonl": FILE, r"summary\.json": FILE,
-    r"teacher_responses\.json": FILE, "last": LINK, "best": LINK, STEP: CHECKPOINT, "samples": {STEP + r"\.jsonl": FILE},
+    r"teacher_responses\.json": FILE, "last": LINK, "best": LINK, STEP: CHECKPOINT,
+    "samples": {STEP + r"\.jsonl": FILE},
     "tensorboard": {r"events\.out\.tfevents\..+": FILE},
 }
 STARTING = {".lock", "config.json" + UNFINISHED}        # all there is before config.json
@@ -110,8 +112,8 @@ def refuse_imitations(path: Path) -> None:
     """Notes of the user's may lie in a run, but nothing of theirs under a name that a run reads or replaces."""
     for item, kind in strangers(path):
         if kind is not None:
-            raise UserError(f"{shown(item)} is not what a run writes under that name; move it elsewhere and run the same "
-                            f"command again")
+            raise UserError(f"{shown(item)} is not what a run writes under that name; move it elsewhere and run the "
+                            f"same command again")
 
 
 # How it comes
