@@ -14,6 +14,7 @@ from support.errors import UserError, finite, one_line, shown
 
 DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 WHITE = re.compile(r"[ \t\r\n]*")
+MOST_BLANK = 10**6  # blank lines, after which a file is taken for something else
 LONGEST = 2**25     # bytes of one record. Parsed, the worst text of this length takes about 1 GB
 
 
@@ -35,17 +36,21 @@ def records(path: Path) -> Iterator[tuple[str, int, object]]:
 
 def lines(path: Path, file) -> Iterator[tuple[str, int, object]]:
     """JSON lines; blank ones are skipped. As bytes only \\n ends a line; str.splitlines() also cuts at U+2028."""
+    blank = 0
     for line, raw in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
-        where = f"{shown(path)}, line {line}"
         if len(raw) > LONGEST:
-            raise UserError(f"{where} is longer than {LONGEST >> 20} MiB; a problem is one line")
+            raise UserError(f"{shown(path)}, line {line} is longer than {LONGEST >> 20} MiB; a problem is one line")
         try:
             text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
             record = DECODER.decode(text) if text else None
         except (ValueError, RecursionError) as error:       # no JSON, no utf-8, or an endless integer
-            raise UserError(f"{where}: not valid JSON ({shown(one_line(getattr(error, 'msg', error)))})") from None
+            reason = shown(one_line(getattr(error, "msg", error)))
+            raise UserError(f"{shown(path)}, line {line}: not valid JSON ({reason})") from None
+        blank += not text
+        if blank >= MOST_BLANK:
+            raise UserError(f"{shown(path)}, line {line} is blank, like {blank - 1:,} others; is it the right file?")
         if text:
-            yield where, line, record
+            yield f"{shown(path)}, line {line}", line, record
 
 
 def array(path: Path, file) -> Iterator[tuple[str, int, object]]:

@@ -171,6 +171,25 @@ def test_endless_records_are_refused_before_they_fill_the_memory(tmp_path, head,
         load_problems(path)
 
 
+def test_no_more_of_an_endless_object_is_read_than_the_limit(tmp_path, monkeypatch):
+    """fails if: reading goes on to the end of the file, which may be larger than the memory."""
+    monkeypatch.setattr(records, "LONGEST", 2**16)
+    sizes, more = [], records.Stream.more
+    monkeypatch.setattr(records.Stream, "more", lambda self, size: sizes.append(size) or more(self, size))
+    with pytest.raises(UserError, match="an object of more than 0 MiB"):
+        load_problems(write(tmp_path / "p.json", '[{"prompt": "' + "x" * 2**22))
+    assert sum(sizes) <= 2**18
+
+
+def test_a_file_of_blank_lines_is_refused_early(tmp_path, monkeypatch):
+    """fails if: a gigabyte of line ends is walked through for an hour."""
+    monkeypatch.setattr(records, "MOST_BLANK", 10)
+    text = "\n" * 9 + '{"prompt": "a"}'
+    assert load_problems(write(tmp_path / "p", text))[0].line == 10
+    with pytest.raises(UserError, match="line 11 is blank, like 9 others"):
+        load_problems(write(tmp_path / "p", text + "\n\n"))
+
+
 def test_only_files_are_opened(tmp_path):
     """fails if: a pipe is opened (which waits for ever), or a folder ends in a traceback."""
     os.mkfifo(tmp_path / "pipe")
