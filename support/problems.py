@@ -149,7 +149,7 @@ def as_problem(record: object, line: int) -> Problem:
     if not isinstance(record, dict):
         raise UserError(f"expected a JSON object, found a {type(record).__name__}")
     r = {name: value for name, value in record.items() if value is not None}
-    r = {**{name.lower(): value for name, value in reversed(r.items())}, **r}
+    r = {**{name.lower(): value for name, value in reversed(r.items()) if name[:1].isupper()}, **r}
     reader = next((read for fits, read in FORMATS if fits(r)), None)
     if reader is None:
         raise UserError(f"no prompt; one of {', '.join(PROMPT_FIELDS)}, conversations, instruction is needed")

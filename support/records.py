@@ -15,7 +15,7 @@ from support.errors import UserError, finite, one_line, shown
 DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 WHITE = re.compile(r"[ \t\r\n]*")
 MOST_BLANK = 10**6  # blank lines, after which a file is taken for something else
-LONGEST = 2**25     # bytes of one record. Parsed, the worst text of this length takes about 1 GB
+LONGEST = 2**24     # bytes of one record. Parsed, the worst text of this length takes half a GB
 
 
 def records(path: Path) -> Iterator[tuple[str, int, object]]:
