@@ -3,6 +3,7 @@
 Place in the loop: before it. Models, tokenizers, problems and prompts are loaded here; whatever is wrong with
 them is one sentence here, before any GPU time is spent. Not here: what a flag means (train.py).
 """
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from credit import NEEDS
 from data import SHOWN_SOLUTION, near_duplicates, privileged_prompt
 from eval import template_variable
 from losses import NEEDS_NO_TEACHER, USES_ADVANTAGE
-from memory import auto_chunk, fit, print_plan
+from memory import Job, compute_dtype, sized, text_memory, total_memory
 from model import ModelConfig, Transformer, set_threads
 from support.held_out import Comparison
+from support.plan import announce, planned_device, print_plan, settle
 from support.problems import Problem, answered, load_problems
 from teacher import check_same_tokens
 from tokenizer import Tokenizer, UserError
@@ -77,10 +79,6 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def compute_dtype(cfg, device: torch.device) -> torch.dtype:
-    return getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
-
-
 def parse_ids(flag: str, text: str, vocab_size: int) -> tuple[int, ...] | None:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
@@ -95,14 +93,14 @@ def parse_teachers(cfg) -> dict[str, Path]:
     """{"": folder} for one teacher, {tag: folder} for `tag=folder,tag=folder`, {} for none and self."""
     if cfg.teacher in ("none", "self"):
         return {}
-    if Path(cfg.teacher).expanduser().is_dir() or "=" not in cfg.teacher:
-        return {"": checkpoint_folder(cfg.teacher)}
+    if "=" not in cfg.teacher or os.path.isdir(os.path.expanduser(cfg.teacher)):
+        return {"": checkpoint_folder(cfg.teacher, weights=not cfg.plan)}
     pairs = [part.partition("=") for part in cfg.teacher.split(",")]
     if bad := [tag for tag, _, folder in pairs if not tag or not folder]:
         raise UserError(f"--teacher {cfg.teacher}: {bad[0]!r} is no tag=folder pair")
     if len({tag for tag, _, _ in pairs}) < len(pairs):
         raise UserError(f"--teacher {cfg.teacher}: a tag names two teachers")
-    return {tag: checkpoint_folder(folder) for tag, _, folder in pairs}
+    return {tag: checkpoint_folder(folder, weights=not cfg.plan) for tag, _, folder in pairs}
 
 
 def route(cfg, tags: list[str], train: list[Problem]) -> list[int]:
@@ -234,65 +232,112 @@ def check_compiler(device: torch.device) -> None:
                         f"CPU a C++ compiler such as g++), or leave --compile out") from error
 
 
-def set_up(cfg) -> tuple:
-    """(cfg with the sizes that were left to memory.fit, everything the loop works with)."""
-    device = choose_device(cfg.device)
-    if cfg.compile:
-        check_compiler(device)
-    dtype = compute_dtype(cfg, device)
-    variables, teacher_variables = (dict(template_variable(pair) for pair in text.split(",") if pair)
-                                    for text in (cfg.template_vars, cfg.teacher_template_vars or cfg.template_vars))
-    folder, teachers = checkpoint_folder(cfg.student), parse_teachers(cfg)
+@dataclass
+class Checkpoints:
+    """Which checkpoints a run is made of, and how they read text. No weights yet."""
+    folder: Path                        # the student's
+    teachers: dict[str, Path]           # parse_teachers
+    reference: Path | None              # for advantages that compare with the initial student
+    configs: list[ModelConfig]          # the student's, then each teacher's
+    tokenizer: Tokenizer                # the student's
+    bridges: list[Bridge | None]        # per teacher
+
+    @property
+    def tokenizers(self) -> list[Tokenizer]:
+        """What each teacher reads with."""
+        return [bridge.teacher if bridge else self.tokenizer for bridge in self.bridges]
+
+    @property
+    def contexts(self) -> list[int]:
+        """Of what each teacher's model is given to read."""
+        return [config.context for config in self.configs[1:] or self.configs]
+
+
+def find_checkpoints(cfg) -> Checkpoints:
+    """Folders, config.json and tokenizers; of a hub id the weights as well, unless only a plan is asked for."""
+    folder, teachers = checkpoint_folder(cfg.student, weights=not cfg.plan), parse_teachers(cfg)
     if cfg.lmbda < 1 and cfg.responses == "teacher" and len(teachers) != 1:
         raise UserError("--responses teacher is written by one teacher that is not the student itself; name "
                         "one, or pass --responses solution")
     tokenizer = Tokenizer(folder, cfg.chat_template)
     stop_ids = parse_ids("stop_ids", cfg.stop_ids, tokenizer.vocab_size)
     parse_ids("skip_tokens", cfg.skip_tokens, tokenizer.vocab_size)
-    tokenizer.stop_ids, own_stop_ids = stop_ids or tokenizer.stop_ids, stop_ids
-    bridges = [find_bridge(cfg, tokenizer, found, own_stop_ids) for found in teachers.values() or [folder] * (
-        cfg.teacher == "self")]
-    tokenizers = [bridge.teacher if bridge else tokenizer for bridge in bridges]
-    configs = [load_config(found) for found in (folder, *teachers.values())]
-    check_vocabularies([folder, *teachers.values()], configs, [tokenizer, *tokenizers])
-    context = min(config.context for config in configs)
+    tokenizer.stop_ids = stop_ids or tokenizer.stop_ids
+    bridges = [find_bridge(cfg, tokenizer, found, stop_ids)
+               for found in teachers.values() or [folder] * (cfg.teacher == "self")]
+    reference = None
+    if needs(cfg, "reference"):
+        reference = checkpoint_folder(cfg.reference, weights=not cfg.plan) if cfg.reference else folder
+    folders = [folder, *teachers.values()]
+    found = Checkpoints(folder, teachers, reference, [load_config(one) for one in folders], tokenizer, bridges)
+    check_vocabularies(folders, found.configs, [tokenizer, *found.tokenizers])
+    return found
+
+
+@dataclass
+class Texts:
+    """Problems and prompts, in the ids of those who read them; the fields of Setup, but for held_out_prompt."""
+    train: list[Problem]
+    first: int
+    held_out: list[Problem]
+    held_out_prompt: int                # tokens of the longest one
+    prompts: list[list[int]]
+    teacher_of: list[int]
+    teacher_prompts: list[list[int]] | None
+    given: list[list[int]] | None
+    variables: dict
+    teacher_variables: dict
+    compared: tuple | None              # compare_with
+
+
+def read_texts(cfg, found: Checkpoints) -> Texts:
+    """The problems, and what everybody reads of them; what is too long or missing is a UserError."""
+    variables, teacher_variables = (dict(template_variable(pair) for pair in text.split(",") if pair)
+                                    for text in (cfg.template_vars, cfg.teacher_template_vars or cfg.template_vars))
+    tokenizer, tags, context = found.tokenizer, list(found.teachers), min(config.context for config in found.configs)
     train, first = load_train(cfg)
     held_out = load_problems(cfg.eval_data, limit=cfg.eval_limit or None)
     compared = None if answered(cfg.eval_data, held_out) else compare_with(
-        cfg, tokenizers, list(teachers), held_out, tokenizer, teacher_variables, configs)
-    prompts = [tokenizer.prompt_ids(problem.prompt, **variables) for problem in train]
+        cfg, found.tokenizers, tags, held_out, tokenizer, teacher_variables, found.configs)
+    prompts, asked = ([tokenizer.prompt_ids(problem.prompt, **variables) for problem in part]
+                      for part in (train, held_out))
     check_lengths(cfg.data, train, prompts, "max_new_tokens", cfg.max_new_tokens, context, "student")
     flag = "eval_max_new_tokens" if cfg.eval_max_new_tokens else "max_new_tokens"
-    check_lengths(cfg.eval_data, held_out, [tokenizer.prompt_ids(problem.prompt, **variables) for problem in held_out],
-                  flag, getattr(cfg, flag), context if cfg.eval_teacher else configs[0].context, "student")
-    teacher_of, given = route(cfg, list(teachers), train), None
-    shown = teacher_prompts(cfg, tokenizers, teacher_of, train, tokenizer, teacher_variables,
-                            [config.context for config in configs[1:] or configs])
+    check_lengths(cfg.eval_data, held_out, asked, flag, getattr(cfg, flag),
+                  context if cfg.eval_teacher else found.configs[0].context, "student")
+    teacher_of, given = route(cfg, tags, train), None
+    shown = teacher_prompts(cfg, found.tokenizers, teacher_of, train, tokenizer, teacher_variables, found.contexts)
     if cfg.lmbda < 1 and cfg.responses == "solution":
         texts = solutions(cfg, train, "to learn from; or pass --responses teacher")
         given = [(tokenizer.encode(text) + [tokenizer.stop_ids[0]])[:cfg.max_new_tokens] for text in texts]
-    extra: list[ModelConfig] = configs[1:] or configs[:1] * (cfg.teacher == "self" and not
-                                                             (cfg.lora_rank and cfg.self_teacher != "ema"))
-    reference_folder = checkpoint_folder(cfg.reference) if cfg.reference else folder
-    own_reference = needs(cfg, "reference") and (cfg.reference or not cfg.lora_rank)
-    chunk_rows = auto_chunk(cfg, tokenizer.vocab_size, device, dtype)
-    plan_args = (configs[0], extra + [load_config(reference_folder)] * bool(own_reference),
-                 max(map(len, shown or prompts)), tokenizer.vocab_size, chunk_rows, dtype)
-    cfg = fit(cfg, *plan_args, device=device)
-    planned = print_plan(cfg, *plan_args, device=device)
-    if cfg.plan:
-        sys.exit(0)
-    student = load_model(folder, compute_dtype=dtype, device=device)
+    return Texts(train, first, held_out, max(map(len, asked)), prompts, teacher_of, shown, given, variables,
+                 teacher_variables, compared)
+
+
+def describe(found: Checkpoints, texts: Texts, device: torch.device, memory: int) -> Job:
+    """What the memory plan has to know."""
+    others = [bridge.teacher for bridge in found.bridges if bridge]
+    reference = found.reference and sized(load_config(found.reference))
+    return Job(device, memory, sized(found.configs[0]), [sized(config) for config in found.configs[1:]], reference,
+               found.tokenizer.vocab_size, max(map(len, texts.teacher_prompts or texts.prompts)),
+               (len(texts.held_out), texts.held_out_prompt), max((other.vocab_size for other in others), default=0),
+               text_memory(found.folder / "tokenizer.json", [other.folder / "tokenizer.json" for other in others]))
+
+
+def load_all(cfg, found: Checkpoints, texts: Texts, device: torch.device, planned: int) -> Setup:
+    """The models on their device, ready for the first step."""
+    dtype = compute_dtype(cfg, device)
+    student = load_model(found.folder, compute_dtype=dtype, device=device)
     student.title = "the student"
     set_threads(student, cfg.threads)
     if cfg.lora_rank:
         student.add_lora(cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     student.gradient_checkpointing = cfg.gradient_checkpointing
     parallel.shard(student)
-    models, average, adapters_off = load_teachers(cfg, teachers, folder, student, dtype, device)
+    models, average, adapters_off = load_teachers(cfg, found.teachers, found.folder, student, dtype, device)
     reference = None
-    if own_reference:
-        reference = load_model(reference_folder, dtype=dtype, device=device).requires_grad_(False)
+    if found.reference and (cfg.reference or not cfg.lora_rank):
+        reference = load_model(found.reference, dtype=dtype, device=device).requires_grad_(False)
     for model in {*models, reference} - {student, None}:
         model.title = "the reference" if model is reference else "the teacher"
     parallel.shard(*models, reference)
@@ -300,9 +345,30 @@ def set_up(cfg) -> tuple:
         for model in {student, *models, reference} - {None}:
             model.compile_layers()
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
-    return cfg, Setup(student, actor, models, teacher_of, adapters_off, average, reference, tokenizer, bridges, train,
-                      first, held_out, prompts, shown, given, variables, teacher_variables, chunk_rows, planned,
-                      compared and Comparison(models, *compared, bridges, cfg, adapters_off))
+    return Setup(student, actor, models, texts.teacher_of, adapters_off, average, reference, found.tokenizer,
+                 found.bridges, texts.train, texts.first, texts.held_out, texts.prompts, texts.teacher_prompts,
+                 texts.given, texts.variables, texts.teacher_variables, cfg.chunk_rows, planned,
+                 texts.compared and Comparison(models, *texts.compared, found.bridges, cfg, adapters_off))
+
+
+def set_up(cfg, stored: dict | None = None) -> tuple:
+    """(cfg with the sizes that were left to memory.fit, everything the loop works with). stored: what the run's first
+    start chose (support/plan.py). With --plan prints the plan and exits: 0 when it fits, 1 when it does not."""
+    if cfg.plan:
+        device, memory = planned_device(cfg)
+    else:
+        device = choose_device(cfg.device)
+        memory = total_memory(device)
+        if cfg.compile:
+            check_compiler(device)
+    found = find_checkpoints(cfg)
+    texts = read_texts(cfg, found)
+    job = describe(found, texts, device, memory)
+    cfg = settle(cfg, job, stored)
+    if cfg.plan:
+        sys.exit(print_plan(cfg, job))
+    planned = announce(cfg, job)
+    return cfg, load_all(cfg, found, texts, device, planned)
 
 
 def load_other(cfg, run: Setup) -> Transformer:

@@ -5,6 +5,7 @@ Place in the loop: before it; prepare.py loads the student and its teachers, eva
 every tensor of the files fills exactly one parameter, and whatever does not fit is named in one sentence.
 """
 import contextlib
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from support.files import checkpoint_file, checkpoint_json
 
 DISK_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LONGEST_HEADER = 2**23      # bytes; 1,000 times that of a large shard, and read in seconds
+DAMAGE = (SafetensorError, OSError, ValueError, OverflowError, MemoryError, RuntimeError)   # the last: it can't be mapped
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = ["*.json", "*.jinja"]     # config, tokenizer, stop ids, chat template: all that is needed before weights
 
@@ -25,15 +28,10 @@ SMALL_FILES = ["*.json", "*.jinja"]     # config, tokenizer, stop ids, chat temp
 def checkpoint_folder(name: str, weights: bool = True) -> Path:
     """A folder as it is; anything that looks like `owner/name` is downloaded from the hub (safetensors and
     json files and the chat template only: nothing that could be executed; without `weights` the small files only)."""
-    try:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            return folder
-        exists = folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:    # too long, not permitted, ~nobody, a NUL
-        raise UserError(f"no such folder: {shown(name)} ({shown(one_line(error))}); give a folder or a hub id "
-                        f"owner/name") from error
-    if exists:
+    folder = Path(os.path.expanduser(name))     # os.path: any name at all is looked up without an exception
+    if os.path.isdir(folder):
+        return folder
+    if os.path.lexists(folder):
         raise UserError(f"{shown(name)} is a file; a model is given as its folder or as a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"no such folder: {shown(name)}; give a folder with config.json and *.safetensors, or a hub "
@@ -116,13 +114,16 @@ def match_files(folder: Path, shapes: dict[str, list[int]], tied: bool) -> tuple
 
 @contextlib.contextmanager
 def opened(file: Path):
-    """The tensors of a safetensors file. What the library finds wrong with it is one sentence."""
+    """The tensors of a safetensors file. What is wrong with it is one sentence."""
     try:
+        with open(file, "rb") as plain:
+            if (header := int.from_bytes(plain.read(8), "little")) > LONGEST_HEADER:
+                raise ValueError(f"its header claims {header} bytes")
         with safe_open(file, framework="pt") as tensors:
             yield tensors
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
+    except DAMAGE as error:
         raise UserError(f"{shown(file)} is damaged or cut short ({shown(one_line(error))}); copy or download it "
                         f"again") from error
 

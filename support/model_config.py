@@ -3,7 +3,7 @@
 config.json is a stranger's file, and its numbers decide how much is allocated and what is computed. What is not in the
 table is not read, only kept for saving.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from support.errors import UserError, shown
@@ -108,13 +108,13 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: dict                      # rope_theta, rope_type, and the type's own numbers
+    rope: dict = field(hash=False)  # rope_theta, rope_type, and the type's own numbers
     context: int                    # longest sequence: max_position_embeddings, or the sliding window if shorter
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    raw: dict
+    raw: dict = field(hash=False)
 
     @staticmethod
     def from_dict(raw: dict, where: str = "config.json") -> "ModelConfig":
