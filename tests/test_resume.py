@@ -303,7 +303,7 @@ def break_operation(patch, fatal, error):
     """File operation number `fatal` raises; on a full disk so do all later ones that need space. A write
     leaves half of its file. Returns a list with an entry per operation."""
     done, deletions = [], (Path.rmdir, Path.unlink)
-    written = {checkpoint.save_file: 1, shutil.copyfile: 1, Path.write_text: 0, Path.write_bytes: 0}    # the file's place
+    written = {checkpoint.save_file: 1, shutil.copyfile: 1, Path.write_text: 0, Path.write_bytes: 0}    # which argument
     def wrap(real):
         def operation(*args, **kwargs):
             done.append(real)

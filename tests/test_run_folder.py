@@ -297,6 +297,9 @@ def test_a_line_that_no_run_wrote_is_not_deleted(tmp_path, line):
     with pytest.raises(UserError, match="metrics.jsonl, line 3, is no record of a run; move that line"):
         trimmed(tmp_path, content, 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == content
+    if not line.startswith(b"{"):       # nor at the end, where ours may be cut short
+        with pytest.raises(UserError, match="line 3"):
+            trimmed(tmp_path, content[:content.rindex(b"\n", 0, -1)], 1)
 
 
 # hands in a run
@@ -336,6 +339,17 @@ def test_the_start_is_a_checkpoint_like_any_other(command, tmp_path):
     shutil.rmtree(folder / "step-000002")
     (folder / "summary.json").unlink()
     assert train.main(command(save_every=1, lr=1.0)) == 0 and os.readlink(folder / "best") == "step-000000"
+
+
+def test_what_a_killed_pruning_left_goes_with_the_next_start(command, tmp_path):
+    assert train.main(command(save_every=1, steps=3, eval_every=1)) == 0
+    folder = tmp_path / "runs/a"
+    names = {"step-000003", os.readlink(folder / "best")}
+    stray = next(f"step-{step:06d}" for step in (0, 1, 2) if f"step-{step:06d}" not in names)
+    shutil.copytree(folder / "step-000003", folder / stray)
+    (folder / "summary.json").unlink()
+    assert train.main(command(save_every=1, steps=3, eval_every=1)) == 0
+    assert {item.name for item in folder.glob("step-*")} == names
 
 
 def test_paths_of_the_project_are_recorded_relative_to_it():
