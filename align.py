@@ -14,7 +14,6 @@ What cannot be aligned exactly is masked or dropped with a reason. Chunks: Niu e
 Not here: log-probs, and how a chunk's are shared out (chunk_credit.py); who scores (teacher.py); tokenizers
 that do not give back the bytes they read (WordPiece, nmt_nfkc): UserError.
 """
-import json
 import re
 from bisect import bisect_left, bisect_right
 from codecs import getincrementaldecoder
@@ -26,122 +25,8 @@ import torch
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from tokenizer import Tokenizer, UserError
-
-MODELS = ("BPE", "Unigram")
-NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip", "Prepend")
-PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts")
-DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip")
-
-
-# Bytes of ids
-
-class TokenBytes(NamedTuple):
-    """What every id of a tokenizer stands for."""
-    bytes: list[bytes | None]   # by id; None: no such id
-    special: frozenset[int]     # control tokens: events that no text spells
-    added: dict[bytes, int]     # tokens that are matched whole, special or not: content -> id
-    fallback: frozenset[int]    # <0x00> ... <0xFF>: single bytes that stand in for characters without a piece
-
-
-def flat(step: dict | None) -> list[dict]:
-    """The steps of a normalizer, pre_tokenizer or decoder in order; a Sequence may hold Sequences."""
-    if step is None or step["type"] != "Sequence":
-        return [] if step is None else [step]
-    (inner,) = (value for value in step.values() if isinstance(value, list))
-    return [part for step in inner for part in flat(step)]
-
-
-def is_lossy(step: dict, known: tuple[str, ...]) -> bool:
-    """Whether a step loses part of ordinary text; replacing is allowed between spaces and their marker."""
-    if step["type"] == "Replace":
-        return " " not in (step["content"], step["pattern"].get("String")) or "String" not in step["pattern"]
-    # inverted, what matches is the delimiter and is kept (cl100k's layout): only what no pattern matches is lost, and
-    # Side.spell finds that in the text where it happens
-    return step["type"] not in known or step.get("behavior") == "Removed" and not step.get("invert")
-
-
-def supported(tokenizer: Tokenizer) -> dict:
-    """tokenizer.json, if its ids can be turned into bytes and bytes into ids without loss; else UserError."""
-    spec = tokenizer.description()
-    model = spec["model"]
-    odd = [f"a {model['type']} model"] if model["type"] not in MODELS else []
-    odd += [f"a {key}" for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-    for part, known in (("normalizer", NORMALIZERS), ("pre_tokenizer", PRE_TOKENIZERS), ("decoder", DECODERS)):
-        odd += [f"the {part} {step['type']}" for step in flat(spec[part]) if is_lossy(step, known)]
-    if not any(step["type"] in ("ByteLevel", "Replace", "Metaspace", "ByteFallback") for step in flat(spec["decoder"])):
-        odd.append("no decoder that says how pieces become bytes")
-    if odd:
-        raise UserError(f"{tokenizer.folder / 'tokenizer.json'} has {odd[0]}, so its tokens do not spell a text byte "
-                        f"by byte; choose a model with byte-level or SentencePiece BPE")
-    return spec
-
-
-def byte_alphabet() -> dict[str, int]:
-    """How byte-level tokenizers write bytes (GPT-2): printable Latin-1 as itself, the others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def byte_table(spec: dict) -> TokenBytes:
-    """A piece is what the decoder makes of it. An added token is its literal content, except in a SentencePiece
-    vocabulary where it is a piece as well (Gemma declares runs of spaces, ▁▁, both ways)."""
-    vocab, added, decoder = spec["model"]["vocab"], spec["added_tokens"], flat(spec["decoder"])
-    pieces = vocab if isinstance(vocab, dict) else {piece: token_id for token_id, (piece, _) in enumerate(vocab)}
-    byte_level = any(step["type"] == "ByteLevel" for step in decoder)
-    markers = [step["replacement"] if step["type"] == "Metaspace" else step["pattern"]["String"]
-               for step in decoder if step["type"] in ("Metaspace", "Replace")]
-    single = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)} if spec["model"].get("byte_fallback") else {}
-    fallback = frozenset() if byte_level else frozenset(pieces[piece] for piece in single if piece in pieces)
-    value_of = byte_alphabet().__getitem__
-    size = 1 + max([*pieces.values(), *(token["id"] for token in added)])
-    table: list[bytes | None] = [None] * size
-    for piece, token_id in pieces.items():
-        try:
-            table[token_id] = bytes(map(value_of, piece)) if byte_level else single[piece]
-        except KeyError:    # an ordinary SentencePiece; or one that no byte-level encoder writes
-            for marker in markers:
-                piece = piece.replace(marker, " ")
-            table[token_id] = piece.encode()
-    for token in added:
-        if byte_level or token["special"] or token["content"] not in pieces:
-            table[token["id"]] = token["content"].encode()
-    special = frozenset(token["id"] for token in added if token["special"])
-    return TokenBytes(table, special, {token["content"].encode(): token["id"] for token in added}, fallback)
-
-
-def rebuilt_raw(spec: dict) -> Backend:
-    """What raw_copy promises, from the description of the tokenizer."""
-    steps = [{**step, "add_prefix_space": False} if step["type"] == "ByteLevel" else
-             {**step, "prepend_scheme": "never"} if step["type"] == "Metaspace" else step
-             for step in flat(spec["pre_tokenizer"])]
-    kept = [step for step in flat(spec["normalizer"]) if step["type"] == "Replace"]
-    backend = Backend.from_str(json.dumps({
-        **spec, "truncation": None, "padding": None, "post_processor": None,
-        "normalizer": {"type": "Sequence", "normalizers": kept},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "added_tokens": [{**token, "lstrip": False, "rstrip": False} for token in spec["added_tokens"]],
-        "model": {**spec["model"], **({"dropout": None} if "dropout" in spec["model"] else {})}}))
-    backend.encode_special_tokens = True
-    return backend
-
-
-def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
-    """The byte table of a tokenizer.  UserError: a kind whose tokens have no bytes of their own."""
-    return byte_table(supported(tokenizer))
-
-
-def raw_copy(tokenizer: Tokenizer) -> Backend:
-    """The tokenizer without anything that changes a text before it is cut: no normal forms, no space in front,
-    no text turned into control tokens, no spaces swallowed beside added tokens, no dropout. `encode` with
-    add_special_tokens=False.  UserError: as token_bytes."""
-    return rebuilt_raw(supported(tokenizer))
-
-
-def whitespace_tokens(table: TokenBytes) -> Tensor:
-    """(V,) bool: tokens of nothing but spaces, tabs and newlines."""
-    return torch.tensor([bool(text) and not text.strip(b" \t\r\n") for text in table.bytes])
+from support.token_bytes import TokenBytes, byte_table, rebuilt_raw, supported, whitespace_tokens
+from tokenizer import Tokenizer
 
 
 # Chunks
@@ -213,6 +98,19 @@ class Side(NamedTuple):
         return next((i for i in self.stop if self.table.bytes[i] == text), self.stop[0])
 
 
+def by_bytes(table: TokenBytes, special: bool) -> tuple[dict[bytes, int], dict[bytes, list[int]]]:
+    """(the first id of every text, the later ones of those that have several), of control tokens or of the others."""
+    first: dict[bytes, int] = {}
+    more: dict[bytes, list[int]] = {}
+    stand_ins, skipped = table.fallback - table.special, table.fallback | table.special
+    ordinary = [i for i in range(len(table.bytes)) if i not in skipped] + sorted(stand_ins)
+    for i in sorted(table.special) if special else ordinary:
+        text = table.bytes[i]
+        if text is not None and first.setdefault(text, i) != i:
+            more.setdefault(text, []).append(i)
+    return first, more
+
+
 def same_control(source: TokenBytes, target: TokenBytes) -> dict[int, int | None]:
     """Control tokens of `source` -> the added token of `target` with the same content, or None. A thinking marker
     that only `target` declares special is one too, if `source` has it as a whole token."""
@@ -238,25 +136,28 @@ class Bridge:
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer):
         self.teacher = teacher
-        self._mine, self._theirs = (Side(byte_table(spec), rebuilt_raw(spec), tuple(side.stop_ids))
-                                    for side in (student, teacher) for spec in [supported(side)])
+        self._mine, self._theirs = (
+            Side(byte_table(side.backend, spec), rebuilt_raw(side.backend, spec), tuple(side.stop_ids))
+            for side in (student, teacher) for spec in [supported(side)])
         self.student_stop, self.teacher_stop = self._mine.stop, self._theirs.stop
         mine, theirs = self._mine.table, self._theirs.table
         self._control, self._control_back = same_control(mine, theirs), same_control(theirs, mine)
-        spelled = sorted((text, i) for i, text in enumerate(theirs.bytes) if text and i not in theirs.special)
-        self._sorted = [text for text, _ in spelled]
-        self.order = torch.tensor([i for _, i in spelled], dtype=torch.int64)
+        order = sorted((i for i, text in enumerate(theirs.bytes) if text and i not in theirs.special),
+                       key=theirs.bytes.__getitem__)
+        self._sorted = [theirs.bytes[i] for i in order]
+        self.order = torch.tensor(order, dtype=torch.int64)
         self.shared = self._shared_ids()
         self.whitespace = whitespace_tokens(mine)
 
     def _shared_ids(self) -> tuple[Tensor, Tensor]:
         """Ids of equal bytes are paired in order, pieces before the byte tokens that stand in for them."""
-        groups: tuple[dict, dict] = {}, {}
-        for side, group in zip((self._mine.table, self._theirs.table), groups):
-            pieces = [i for i, text in enumerate(side.bytes) if text is not None and i not in side.fallback]
-            for i in pieces + sorted(side.fallback):
-                group.setdefault((side.bytes[i], i in side.special), []).append(i)
-        pairs = {i: j for key, ids in groups[0].items() for i, j in zip(ids, groups[1].get(key, []))}
+        pairs: dict[int, int] = {}
+        for special in (False, True):
+            (mine, more), (theirs, others) = (by_bytes(table, special)
+                                              for table in (self._mine.table, self._theirs.table))
+            pairs |= {i: theirs[text] for text, i in mine.items() if text in theirs}
+            for text in more.keys() & others.keys():
+                pairs |= dict(zip(more[text], others[text]))
         stop = self.student_stop[0]
         answer = self._theirs.stop_like(self._mine.table.bytes[stop])
         pairs = {i: j for i, j in pairs.items() if j != answer} | {stop: answer}

@@ -10,7 +10,8 @@ from test_align_pairs import SENTENCES, TEXTS, WORDS, byte_level, check_finished
 from tokenizers import Regex, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from align import Bridge, token_bytes  # noqa: E402
+from align import Bridge  # noqa: E402
+from support.token_bytes import token_bytes  # noqa: E402
 from tokenizer import Tokenizer, UserError  # noqa: E402
 
 

@@ -14,8 +14,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from align import Bridge, Reading, chunks, raw_copy, token_bytes, whitespace_tokens  # noqa: E402
+from align import Bridge, Reading, chunks  # noqa: E402
 from chunk_credit import CREDIT, credit  # noqa: E402
+from support.token_bytes import raw_copy, token_bytes, whitespace_tokens  # noqa: E402
 from tokenizer import Tokenizer, UserError  # noqa: E402
 
 FAMILY = "\U0001F468\u200d\U0001F469\u200d\U0001F467\u200d\U0001F466"
