@@ -104,6 +104,12 @@ def test_output_is_bounded_in_bytes(monkeypatch, source):
     assert "writes more than" in sentence(source.replace("501", "99999"), "é" * 10)
 
 
+def test_writing_without_end_is_stopped_when_it_is_too_much(monkeypatch):
+    """fails if: the length is looked at when the template has ended: memory or time would run out first."""
+    monkeypatch.setattr(file, "OUTPUT", 1000)
+    assert "writes more than" in sentence(LOOP.replace("{% endfor %}{% endfor %}", "x{% endfor %}{% endfor %}"))
+
+
 def test_the_sentence_of_a_template_is_bounded():
     """fails if: the whole message of raise_exception is passed on."""
     said = sentence("{{ raise_exception(messages[0].content * 10**6) }}", "no ")
