@@ -67,8 +67,9 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     pts_end: float = opt(0.4, "phased teacher sampling: share of the run after which, on a cosine, the weight is 0")
     pts_samples: int = opt(4, "teacher responses tried per problem, for cold start and phased teacher sampling")
     # data and sampling
-    data: str = opt(str(TOY / "train.jsonl"), "training problems, one JSON object per line")
-    eval_data: str = opt(str(TOY / "test.jsonl"), "held-out problems")
+    data: str = opt(str(TOY / "train.jsonl"), "training problems: JSON lines, a JSON array or parquet (support/problems.py)")
+    eval_data: str = opt(str(TOY / "test.jsonl"), "held-out problems; all with an answer or none, then the distance to the teacher "
+                                                 "takes the place of accuracy")
     mix_data: str = opt("", "a second file of problems; those also in --data, exactly or nearly, are left out")
     mix: float = opt(0.0, "share of each step's problems drawn from --mix_data")
     problems: int = opt(64, "problems per step")
@@ -113,7 +114,8 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     report_only: bool = opt(False, "print how well teacher and student match before any step, and stop")
     compare_teacher: str = opt("", "--report_only: a second teacher, compared with the first on the same "
                                    "student tokens")
-    plan: bool = opt(False, "print the memory estimate and stop")
+    plan: bool = opt(False, "print the memory estimate and stop: exit status 0 when it fits, 1 when it does not")
+    plan_memory: str = opt("", "--plan for a device that is not here: its memory, e.g. --device cuda --plan_memory 24GiB")
     self_check: bool = opt(False, "first make the student its own teacher: loss and gradient must be 0")
     wandb: bool = opt(False, "also log to Weights & Biases")
     tensorboard: bool = opt(False, "also log to TensorBoard, inside the run folder")
@@ -171,6 +173,8 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
         text = f.metadata["help"] + (f" [{' '.join(choices)}]" if choices else "")
         parser.add_argument(f"--{f.name}", **kind, help=f"{text} (default: {f.default!r})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
+    if given.get("plan_memory"):        # asks for a plan
+        given["plan"] = True
     recipe = given.get("recipe", Config.recipe)
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}; known are {', '.join(RECIPES)}")
@@ -179,7 +183,8 @@ def parse(argv: list[str]) -> tuple[Config, list[str]]:
 
 # flags that say where and how a run is watched: they may change when it goes on, and no result depends on
 # them
-NOT_THE_RUN = ("name", "runs", "fresh", "wandb", "tensorboard", "plan", "self_check", "report_only", "compare_teacher")
+NOT_THE_RUN = ("name", "runs", "fresh", "wandb", "tensorboard", "plan", "plan_memory", "self_check", "report_only",
+               "compare_teacher")
 
 
 def run_name(cfg: Config, given: list[str]) -> str:
