@@ -333,7 +333,7 @@ class Transformer(nn.Module):
 
 def all_finite(tensor: Tensor) -> bool:
     """No NaN, no infinity: either shows in the extremes, which cost a twentieth of isfinite() on a CPU."""
-    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
+    return all(math.isfinite(extreme) for extreme in tensor.detach().aminmax())
 
 
 def set_threads(model: Transformer, threads: int = 0) -> None:

@@ -19,8 +19,8 @@ from support.files import checkpoint_file, checkpoint_json
 
 DISK_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-LONGEST_HEADER = 2**23      # bytes; 1,000 times that of a large shard, and read in seconds
-DAMAGE = (SafetensorError, OSError, ValueError, OverflowError, MemoryError, RuntimeError)   # the last: it can't be mapped
+LONGEST_HEADER = 2**23      # bytes; 50 times what the largest model needs, and still read in seconds
+DAMAGE = (SafetensorError, OSError, ValueError, OverflowError, MemoryError, RuntimeError)   # the last: no room to map
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = ["*.json", "*.jinja"]     # config, tokenizer, stop ids, chat template: all that is needed before weights
 
@@ -149,7 +149,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{where} has no weight_map; download it again")
     files = []
     for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
             raise UserError(f"{where} names {shown(repr(name), 120)}, which is not a safetensors file inside the "
                             f"folder; refused")
         if not (file := checkpoint_file(folder, name, optional=True)):
