@@ -27,6 +27,7 @@ from diagnostics import diagnostics
 from losses import Rows, on_shared, upcast
 from model import Transformer
 from rollout import Rollout
+from support.errors import NotFinite
 from tokenizer import Tokenizer, UserError
 
 if TYPE_CHECKING:
@@ -67,6 +68,12 @@ def states(model: Transformer, rollout: Rollout, sequence_b: Tensor, place_N: Te
     for tokens_bt, mask_bt, lengths, row_n in rollout.micro_batches(max_tokens, sequence_b, model.packs):
         hidden_nE[place_N[row_n]] = model.response_hidden(tokens_bt, mask_bt, lengths)
     return hidden_nE
+
+
+def check_finite(model: Transformer, hidden_nE: Tensor) -> None:
+    """NotFinite names the model whose states are no numbers, before a loss could blame another side."""
+    if not torch.isfinite(hidden_nE).all():
+        raise NotFinite(f"{model.title}'s hidden states are not finite on the tokens of this step")
 
 
 def log_probs(hidden_nE: Tensor, head_VE: Tensor, temperature: float) -> Tensor:
@@ -128,6 +135,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
         place_N[rows] = torch.arange(len(rows), device=device)
         head_VE = model.head_weight()[:vocab_size].to(model.compute_dtype)
         hidden_nE = states(model, seen, sequence_b, place_N, max_tokens)
+        check_finite(model, hidden_nE)
         for at, logp_NV in distributions(hidden_nE, head_VE, temperature, chunk_rows) if tokens_too else ():
             note(rows[at], told(logp_NV, token_N[rows[at]]))
         parts.append(Part(sequence_b, place_N, hidden_nE, head_VE))
