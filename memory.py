@@ -24,8 +24,8 @@ CACHED_LOGITS = 2**19       # entries of the few rows whose loss a CPU computes 
 MAPPED = 2**22              # bytes from which the C library gives a freed block back to the system at once
 FREE_HEAP = 2**26           # what it keeps of smaller ones
 ROOM = 0.75                 # share of the memory that sizes left to `fit` may fill
-PER_TOKENIZER = 7           # bytes of an open tokenizer per byte of its tokenizer.json
-PER_BRIDGE = 4.5            # the same of what a bridge adds, per byte of both files: raw copies, byte tables, an order
+PER_TOKENIZER = 7.5         # bytes of an open tokenizer per byte of its tokenizer.json
+PER_BRIDGE = 1.5            # the same of what a bridge adds, per byte of both files: byte tables, an order of tokens
 CHOSEN = ("slots", "micro_batch_tokens", "chunk_rows")     # memory, not mathematics; but they decide how sums round
 
 # what is there only while a phase lasts; everything else in a plan is there all the time
@@ -70,7 +70,7 @@ def text_memory(tokenizer: Path, others: list[Path]) -> dict[str, int]:
     """Bytes that the text side takes: the student's tokenizer.json and those of teachers that read through a bridge.
     Measured on byte-level and SentencePiece vocabularies of 128,000 to 256,000 tokens."""
     files = [path.stat().st_size for path in (tokenizer, *others)]
-    return {"tokenizers": PER_TOKENIZER * sum(files),
+    return {"tokenizers": int(PER_TOKENIZER * sum(files)),
             "bridges between tokenizers": int(PER_BRIDGE * sum(files[0] + size for size in files[1:]))}
 
 

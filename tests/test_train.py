@@ -21,7 +21,6 @@ import credit  # noqa: E402
 import data  # noqa: E402
 import losses  # noqa: E402
 import memory  # noqa: E402
-import prepare  # noqa: E402
 import report  # noqa: E402
 import rollout as rollout_file  # noqa: E402
 import step as step_file  # noqa: E402
@@ -559,9 +558,9 @@ def test_memory_plan_equals_the_tensors_of_a_step(setup, monkeypatch, flags):
         "gradients and AdamW moments": moments + [p.grad for _, p in trainable(run.student)],
         "student copy for sampling": [] if run.actor is run.student else run.actor.parameters(),
         "KV cache": caches[0].keys + caches[0].values, "teacher hidden states": [scores.parts[0].hidden_nE]}
-    plan = memory.memory_plan(cfg, run.student.config, [model.config for model in run.teachers],
-                              max(map(len, run.prompts)), VOCAB, 99, prepare.compute_dtype(cfg, run.student.device),
-                              run.student.device)
+    student, *teachers = (memory.sized(model.config) for model in (run.student, *run.teachers))
+    plan = memory.memory_plan(cfg, memory.Job(run.student.device, 2**34, student, teachers, None, VOCAB,
+                                              max(map(len, run.prompts))))
     assert {name: plan[name] for name in tensors} == {
         name: sum(x.numel() * x.element_size() for x in held) for name, held in tensors.items()}
 
@@ -642,4 +641,4 @@ def test_plan_prints_and_writes_nothing(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(command(plan=True))
     assert stopped.value.code == 0 and not (tmp_path / "runs").exists()
-    assert capsys.readouterr().out.startswith("memory  about ")
+    assert capsys.readouterr().out.startswith("plan    fits: about ")
