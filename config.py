@@ -67,9 +67,9 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     pts_end: float = opt(0.4, "phased teacher sampling: share of the run after which, on a cosine, the weight is 0")
     pts_samples: int = opt(4, "teacher responses tried per problem, for cold start and phased teacher sampling")
     # data and sampling
-    data: str = opt(str(TOY / "train.jsonl"), "training problems: JSON lines, a JSON array or parquet (support/problems.py)")
-    eval_data: str = opt(str(TOY / "test.jsonl"), "held-out problems; all with an answer or none, then the distance to the teacher "
-                                                 "takes the place of accuracy")
+    data: str = opt(str(TOY / "train.jsonl"), "training problems: JSON lines, a JSON array or parquet")
+    eval_data: str = opt(str(TOY / "test.jsonl"), "held-out problems; without answers the distance to the teacher "
+                                                  "takes the place of accuracy")
     mix_data: str = opt("", "a second file of problems; those also in --data, exactly or nearly, are left out")
     mix: float = opt(0.0, "share of each step's problems drawn from --mix_data")
     problems: int = opt(64, "problems per step")

@@ -1,10 +1,10 @@
 """Problems: files of them as people have them, read into one shape.
 
-A file is JSON objects, one per line or all in one array, or parquet. What a record is, the first row that fits it
-decides; of its keys, `Problem` does for `problem`, and one that is null counts as absent.
+A file holds JSON objects, one per line or all in one array, or is parquet (records.py). Which format a record has, the
+first row of this table that fits decides. `Problem` is read as `problem`, and a key whose value is null as absent.
 
     format     known by                          prompt                          the record's own reply
-    verl       prompt, reward_model {...}        prompt                          extra_info.solution, extra_info.answer
+    verl       prompt, reward_model {...}        prompt                          extra_info.solution, a worked extra_info.answer
     TRL        prompt, completion                prompt                          completion
     plain      one of PROMPT_FIELDS              the first of them               response
     ShareGPT   conversations                     its turns, after `system`       -
@@ -37,6 +37,7 @@ PROMPT_FIELDS = ("prompt", "messages", "problem", "question", "query")
 ANSWER_FIELDS = ("answer", "final_answer", "solution", "label", "ground_truth", "reward_model.ground_truth")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
          "system": "system", "tool": "tool"}       # ShareGPT's `from` -> the role that chat templates know
+
 
 @dataclass(frozen=True)
 class Problem:
