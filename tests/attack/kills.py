@@ -1,0 +1,235 @@
+"""Kills: a run that is killed at any instant and started again ends as one that nobody touched.
+
+    python tests/attack/kills.py --count 1000              about ten minutes on one core
+    python tests/attack/kills.py --kind two_ranks --torchrun --count 100
+
+Three ways to die, by turns: right before the k-th change of the file system (every file that is opened for writing,
+renamed, removed, linked or flushed; with a large --count every k of every setting has its turn); in the middle of
+writing a file (SIGXFSZ at its n-th byte, wherever the write is, in Python or not); at a random time.
+
+    lost        the same command does not go on: it ends with another status than 0
+    different   it does, and weights, moments, records, answers, links or names are not those of the run left alone
+
+A killed --fresh is followed by the same command without it or with it, by turns. Where the old run had other flags,
+the command without it may refuse, but then the old run must still be whole.
+"""
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import common
+from common import Child, Ended, Tally, arguments, on_changes, options, program, result, run, start_ranks, wait
+
+SETTINGS = {            # name -> flags of the run
+    "plain": dict(save_every=2),
+    "every_step": dict(save_every=1),
+    "evaluations": dict(eval_every=1, save_every=2),
+    "gkd": dict(recipe="gkd", save_every=1, seed=1),
+    "sft": dict(recipe="sft", save_every=1, lr=0.01),
+    "teacher_writes": dict(recipe="sft", responses="teacher", save_every=1),
+    "sg": dict(recipe="sg", pts_weight=0.5, pts_hold=1, pts_end=1, pts_samples=32, save_every=1),
+    "ema": dict(recipe="sdft", teacher="self", teacher_prompt="{{solution}}|{{problem}}", skip_first=1, ema=0.5,
+                save_every=1),
+    "lora": dict(lora_rank=2, save_every=1, schedule="cosine"),
+    "other_tokenizer": dict(recipe="xtok", teacher="{world}/foreign", min_coverage=0, save_every=1),
+    "no_teacher": dict(recipe="grpo", teacher="none", problems=2, samples=2, updates=2, save_every=1),
+    "twice": dict(save_every=1, eval_every=2),                      # the one that goes on is killed again, and again
+    "fresh_done": dict(save_every=1),                               # --fresh over a run that is complete
+    "fresh_cut": dict(save_every=1),                                # --fresh over one that was killed
+    "fresh_other": dict(save_every=1, lr=0.01),                     # --fresh over a complete one with other flags
+    "fresh_foreign_files": dict(save_every=1),                      # ... in which somebody has left a file
+    "two_ranks": dict(save_every=1, eval_every=2),
+    "fresh_two_ranks": dict(save_every=1),
+}
+
+
+def die(number: int, event: str, path: str) -> None:
+    os.write(2, f"killed before change {number}, {event} {path}\n".encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Setting:
+    """One row of SETTINGS, its run that nobody touches, and what a killed run finds when it starts."""
+
+    def __init__(self, name: str, world: Path, torchrun: bool):
+        self.name, self.world, self.torchrun = name, world, torchrun
+        self.fresh, self.ranks = name.startswith("fresh"), 2 if "ranks" in name else 1
+        self.home = world / name
+        calm = self.home / "calm"
+        calm.mkdir(parents=True)
+        ended = self.start(calm, False)
+        if ended.status:
+            raise SystemExit(f"{name}: a run that nobody attacks fails\n{ended.text}")
+        self.wanted, self.seconds = result(calm / "run"), ended.seconds
+        self.old = calm
+        if name in ("fresh_cut", "fresh_other", "fresh_foreign_files"):
+            self.old = self.home / "old"
+            self.old.mkdir()
+            self.start(self.old, False, **({"lr": 0.02} if name == "fresh_other" else {}),
+                       at=70 if name == "fresh_cut" else 0)
+        self.events = self.count_events()       # of a --fresh: those in which the old run goes and the new one begins
+
+    def command(self, place: Path, fresh: bool, **flags) -> list[str]:
+        return arguments(self.world, runs=place, fresh=fresh or None, **(SETTINGS[self.name] | flags))
+
+    def start(self, place: Path, fresh: bool, at: int = 0, size: int = 0, seconds: float = 0, victim: int = 0,
+              **flags) -> Ended:
+        """The command, killed before change `at`, at byte `size` of a file, or after `seconds`; 0: left alone.
+        With several processes it is number `victim` that is killed; 2: all of them."""
+        argv = self.command(place, fresh, **flags)
+        if self.ranks > 1 and self.torchrun:
+            return torchrun(argv, at, seconds, victim, place)
+
+        def body(rank=0):
+            if at and rank == victim % 2:
+                on_changes(place, lambda number, *what: number == at and die(number, *what))
+            if size and rank == victim % 2:
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            return program(argv)
+        if self.ranks == 1:
+            children = [Child(body, self.world)]
+        else:
+            children = start_ranks([lambda: body(0), lambda: body(1)], self.world)
+        if seconds:
+            time.sleep(seconds)
+            for rank, child in enumerate(children):
+                if victim == 2 or rank == victim:
+                    child.kill()
+
+        def stop():             # as torchrun: the others are asked to leave, then told
+            for child in children:
+                child.kill(signal.SIGKILL if victim == 2 else signal.SIGTERM)
+        return max(wait(children, 60, stop), key=lambda ended: ended.status < 0)
+
+    def copy_of_old(self, place: Path) -> None:
+        if self.fresh:
+            shutil.copytree(self.old, place, symlinks=True, dirs_exist_ok=True)
+        if self.name == "fresh_foreign_files":
+            (place / "run" / "notes.txt").write_text("lr 0.01 looks best")
+
+    def count_events(self) -> int:
+        place = self.home / "count"
+        place.mkdir()
+        self.copy_of_old(place)
+
+        def body():
+            told = []
+
+            def note(number, event, path):      # the answers before the first step: by then the old run is gone
+                told.append(path)
+                if not (self.fresh and any("step-000000.jsonl" in path for path in told)):
+                    os.write(1, f"\nCHANGES {number} \n".encode())
+            on_changes(place, note)
+            return program(self.command(place, self.fresh))
+        ended = run(body, self.world) if self.ranks == 1 else wait(
+            start_ranks([body, lambda: program(self.command(place, self.fresh))], self.world), 60)[0]
+        shutil.rmtree(place)
+        return int(ended.text.rpartition("CHANGES ")[2].split()[0])
+
+    def way(self, index: int, rng: random.Random) -> dict:
+        """How number `index` of this setting dies."""
+        victim = rng.choice((0, 0, 0, 1, 2)) if self.ranks > 1 else 0
+        if victim == 1 or index % 5 == 4:
+            return dict(seconds=rng.uniform(0, 0.9 * self.seconds), victim=victim)
+        if index % 5 == 3:
+            return dict(size=rng.choice((rng.randint(1, 400), rng.randint(1, 20000))), victim=victim)
+        turn = index // 5 * 3 + index % 5       # 7919 is a prime: so many turns pass through all changes
+        return dict(at=1 + turn * 7919 % self.events, victim=victim)
+
+
+def torchrun(argv: list[str], at: int, seconds: float, victim: int, place: Path) -> Ended:
+    """The real one: 2 processes of this file, which kill themselves as they are told."""
+    told = {"ATTACK_AT": f"{at} {seconds} {victim} {place}"} if at or seconds else {}
+    world = str(place.parents[1])
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           __file__, *argv], capture_output=True, text=True, timeout=180, cwd=place,
+                          env={**os.environ, **told, "ATTACK_FENCE": world, "TMPDIR": world,
+                               "TORCHINDUCTOR_CACHE_DIR": world})
+    text = done.stdout + done.stderr
+    took = float(text.rpartition("TOOK ")[2].split()[0]) if "TOOK " in text else time.perf_counter() - begun
+    return Ended(done.returncode, text, took, 0, False)
+
+
+def be_a_rank() -> int:
+    """What a process of the real torchrun does."""
+    rank, begun = int(os.environ["RANK"]), time.perf_counter()
+    if told := os.environ.get("ATTACK_AT"):
+        at, seconds, victim, place = told.split(" ", 3)
+        if rank == int(victim) or int(victim) == 2:
+            if float(seconds):
+                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+                signal.setitimer(signal.ITIMER_REAL, float(seconds))
+            elif rank == 0:
+                on_changes(Path(place), lambda number, *what: number == int(at) and die(number, *what))
+    common.fence(Path(os.environ["ATTACK_FENCE"]))
+    import atexit
+    atexit.register(lambda: rank == 0 and print(f"TOOK {time.perf_counter() - begun:.2f}", file=sys.__stderr__))
+    return program(sys.argv[1:])
+
+
+def attack(setting: Setting, index: int, args, tally: Tally) -> None:
+    rng = random.Random(f"{args.seed} {setting.name} {index}")
+    place = setting.home / f"at{index}"
+    place.mkdir()
+    setting.copy_of_old(place)
+    told = []
+    for _ in range(3 if setting.name == "twice" else 1):
+        way = setting.way(index, rng)
+        ended = setting.start(place, setting.fresh, **way)
+        told.append(f"{way} {(ended.text.strip().splitlines() or [''])[-1][:200]}")
+        index += 1 if setting.name == "twice" else 0
+    index = int(place.name[2:])
+    again = setting.fresh and index % 2 == 1
+    ended = setting.start(place, again)
+    what = f"killed at {'; '.join(told)}; then {'with' if again else 'without'} --fresh" if setting.fresh else \
+        f"killed at {'; '.join(told)}"
+    if ended.status == 2 and setting.name == "fresh_other" and not again:
+        try:
+            whole = result(place / "run") == result(setting.old / "run")
+        except (OSError, ValueError):
+            whole = False
+        if whole:
+            ended = setting.start(place, True)
+    notes = list(place.rglob("notes.txt"))
+    if setting.name == "fresh_foreign_files" and not notes:
+        return tally.bad("different", args, setting.name, index, f"{what}: notes.txt is gone, which no run wrote")
+    if notes and ended.status == 2:     # it may refuse to go on beside a stranger's file
+        notes[0].rename(setting.home / "notes.txt")
+        ended = setting.start(place, False)
+    if ended.status:
+        return tally.bad("lost", args, setting.name, index, f"{what}: status {ended.status}", ended.text)
+    try:
+        found = result(place / "run")
+    except (OSError, ValueError) as error:
+        return tally.bad("different", args, setting.name, index, f"{what}: {error}")
+    found["names"] = [name for name in found["names"] if name != "notes.txt"]
+    if wrong := common.differences(found, setting.wanted):
+        return tally.bad("different", args, setting.name, index, what, "\n".join(wrong))
+    tally.good()
+    shutil.rmtree(place)
+
+
+def main(argv: list[str] | None = None, world: Path | None = None) -> int:
+    args = options(__doc__, SETTINGS, 1000, argv, torchrun="start two_ranks with the real torchrun, 6 s a start")
+    if world is None:
+        with common.worlds(args.keep) as made:
+            return main(argv, made)
+    tally, settings = Tally("kills", ("lost", "different"), "kills.py"), {}
+    work = common.schedule(args)
+    for name, index in work:
+        if name not in settings:
+            settings[name] = Setting(name, world, args.torchrun)
+        attack(settings[name], index, args, tally)
+    return tally.close(len(work))
+
+
+if __name__ == "__main__":
+    sys.exit(be_a_rank() if "ATTACK_FENCE" in os.environ else main())
