@@ -64,9 +64,10 @@ def test_only_regular_files_of_the_folder_are_opened(folder, name, what):
     assert str(path) in (text := sentence(load_model, folder)) and words in text
 
 
-@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "/etc/x.safetensors", "b/a.safetensors", 
-                                  "../a.safetensors", "..", "a.bin", "", "a\0.safetensors", "\ud800.safetensors", "a\n.safetensors",
-                                  5, None, ["a.safetensors"], {"a": "b"}, "x" * 10**6], ids=lambda name: repr(name)[:20])
+@pytest.mark.parametrize("name", [
+    "a" * 300 + ".safetensors", "/etc/x.safetensors", "b/a.safetensors", "../a.safetensors", "..", "a.bin", "",
+    "a\0.safetensors", "\ud800.safetensors", "a\n.safetensors", 5, None, ["a.safetensors"], {"a": "b"}, "x" * 10**6],
+    ids=lambda name: repr(name)[:20])
 def test_an_index_may_name_anything(folder, name):
     """fails if: a name reaches the file system before it is looked at, or an error of the system comes through."""
     index_of(folder, ["a.safetensors", name])
