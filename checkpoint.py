@@ -93,7 +93,9 @@ DAMAGE = (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueE
 
 def reason(error: Exception) -> str:
     """What is wrong, without the advice of who found it."""
-    return shown(one_line(str(error).rpartition("; ")[0] if isinstance(error, UserError) else repr(error)))
+    if isinstance(error, KeyError):
+        return shown(f"{error} is missing")
+    return shown(one_line(str(error).rpartition("; ")[0] if isinstance(error, UserError) else error))
 
 
 class RunFolder:
