@@ -4,7 +4,7 @@ A file holds JSON objects, one per line or all in one array, or is parquet (reco
 first row of this table that fits decides. `Problem` is read as `problem`, and a key whose value is null as absent.
 
     format     known by                          prompt                          the record's own reply
-    verl       prompt, reward_model {...}        prompt                          extra_info.solution, a worked extra_info.answer
+    verl       prompt, reward_model {...}        prompt                          extra_info.solution, .answer if worked
     TRL        prompt, completion                prompt                          completion
     plain      one of PROMPT_FIELDS              the first of them               response
     ShareGPT   conversations                     its turns, after `system`       -
