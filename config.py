@@ -115,7 +115,7 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     compare_teacher: str = opt("", "--report_only: a second teacher, compared with the first on the same "
                                    "student tokens")
     plan: bool = opt(False, "print the memory estimate and stop: exit status 0 when it fits, 1 when it does not")
-    plan_memory: str = opt("", "--plan for a device that is not here: its memory, e.g. --device cuda --plan_memory 24GiB")
+    plan_memory: str = opt("", "plan for a device that is not here: its memory, as in --device cuda --plan_memory 24GiB")
     self_check: bool = opt(False, "first make the student its own teacher: loss and gradient must be 0")
     wandb: bool = opt(False, "also log to Weights & Biases")
     tensorboard: bool = opt(False, "also log to TensorBoard, inside the run folder")

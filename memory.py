@@ -31,7 +31,7 @@ CHOSEN = ("slots", "micro_batch_tokens", "chunk_rows")     # memory, not mathema
 # what is there only while a phase lasts; everything else in a plan is there all the time
 PHASES = {
     "sampling": ("KV cache", "logits of the slots", "packed head of the slots"),
-    "evaluation": ("KV cache of the evaluation", "logits of its slots", "packed head of its slots"),
+    "evaluation": ("KV cache, logits and head of the evaluation",),
     "scoring": ("teacher's pass over a micro-batch", "logits of a scored chunk"),
     "update": ("activations of a micro-batch", "logits of a chunk"),
     "optimizer step": ("AdamW moments on their visit",),
@@ -175,15 +175,11 @@ def passing(cfg, job: Job) -> dict[str, int]:
     chunk, at_once = (min(count, sequences * cfg.max_new_tokens) for count in (chunk, at_once))
     adapters, read = adapter_weights(s, cfg.lora_rank), [model.config for model in scorers(cfg, job)]
     theirs = (job.teacher_vocab or job.vocab_size) if read else 0
-    answers, longest = job.held_out[0] * cfg.eval_k, job.held_out[1] + (cfg.eval_max_new_tokens or cfg.max_new_tokens)
-    judged = [s, *(teacher.config for teacher in job.teachers if cfg.eval_teacher)]
     return {
         "KV cache": cache(s, min(cfg.slots, sequences), length, item),
         "logits of the slots": min(cfg.slots, sequences) * job.vocab_size * item,
         "packed head of the slots": s.hidden_size * job.vocab_size * item * cpu,
-        "KV cache of the evaluation": max(cache(c, min(cfg.slots, answers), longest, item) for c in judged),
-        "logits of its slots": min(cfg.slots, answers) * max(job.vocab_size, job.teacher_vocab) * item,
-        "packed head of its slots": max(c.hidden_size for c in judged) * job.vocab_size * item * cpu,
+        "KV cache, logits and head of the evaluation": evaluation(cfg, job),
         "teacher's pass over a micro-batch": max((forward_pass(c, tokens, item) for c in read), default=0),
         "logits of a scored chunk": 3 * 4 * theirs * chunk,
         "activations of a micro-batch": kept_activations(s, tokens, item, cfg.gradient_checkpointing, cfg.lora_rank),
@@ -192,6 +188,21 @@ def passing(cfg, job: Job) -> dict[str, int]:
         # adapters are merged first; on a CPU masters that are float32 on disk, too, are written as they lie
         "weights as they are written": job.student.weights * (4 * bool(adapters) + 2 * (cpu and on_disk(s) == 2)),
     }
+
+
+def evaluation(cfg, job: Job) -> int:
+    """Bytes of answering the held-out problems. A teacher answers once, when gradients and moments do not exist yet."""
+    item, trained = compute_dtype(cfg, job.device).itemsize, adapter_weights(job.student.config, cfg.lora_rank)
+    problems, prompt = job.held_out
+    slots, length = min(cfg.slots, problems * cfg.eval_k), prompt + (cfg.eval_max_new_tokens or cfg.max_new_tokens)
+
+    def answering(c: ModelConfig, vocab_size: int) -> int:
+        head = c.hidden_size * vocab_size * item if job.device.type == "cpu" else 0
+        return cache(c, slots, length, item) + slots * vocab_size * item + head
+    later = (4 if offloads(cfg, job) else 12) * (trained or job.student.weights)
+    teachers = [answering(teacher.config, job.teacher_vocab or job.vocab_size) - later
+                for teacher in job.teachers if cfg.eval_teacher]
+    return max(answering(job.student.config, job.vocab_size), *teachers, 0)
 
 
 def cache(c: ModelConfig, slots: int, length: int, item: int) -> int:
@@ -238,8 +249,8 @@ def peak(plan: dict[str, int]) -> int:
 # Choosing sizes
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the whole device; for a CPU of the machine or the container, shared by the processes. Not what is free:
-    the sizes chosen from it decide in which order sums are taken, and a run elsewhere of the same kind takes the same."""
+    """Bytes of the whole device; for a CPU those of the machine or the container, shared by the processes. Not what is
+    free: the sizes chosen from it decide in which order sums are taken, and should be the same tomorrow."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33

@@ -38,8 +38,8 @@ def planned_device(cfg) -> tuple[torch.device, int]:
     if cfg.plan_memory:
         return device, parse_memory(cfg.plan_memory) // (parallel.world() if device.type == "cpu" else 1)
     if device.type == "cuda" and not gpu or device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--plan --device {device.type}: there is none here that could be asked for its memory; say how "
-                        f"much it has, as in --plan_memory 24GiB")
+        raise UserError(f"--plan --device {device.type}: there is none here that could be asked for its memory; say "
+                        f"how much it has, as in --plan_memory 24GiB")
     return device, total_memory(device)
 
 
@@ -74,8 +74,8 @@ def savings(cfg, job: Job) -> list[tuple[int, dict, bool]]:
 
 
 def way_to_fit(cfg, job: Job) -> tuple[dict, int]:
-    """(flags with which it fits, the bytes it then takes); ({}, 0) when nothing that is tried here is enough. Flags that
-    leave the run as it is are tried alone first; each time the one that saves most."""
+    """(flags with which it fits, the bytes it then takes); ({}, 0) when nothing that is tried here is enough. Flags
+    that leave the run as it is are tried alone first; each time the one that saves most."""
     for allowed in ((True,), (True, False)):
         changed: dict = {}
         for _ in range(MOST_CHANGES):
@@ -127,44 +127,53 @@ def host_text(cfg, job: Job) -> str:
             + ", ".join(f"{name} {size_text(size)}" for name, size in parts))
 
 
-def print_plan(cfg, job: Job) -> int:
-    """All of --plan. Returns the exit status: 0 when it fits, 1 when it does not."""
-    plan = memory_plan(cfg, job)
+def plan_lines(cfg, job: Job) -> list[str]:
+    """All of --plan, the verdict first."""
+    plan, found = memory_plan(cfg, job), savings(cfg, job)
     fits, phase = peak(plan) <= job.memory, fullest(plan)
-    print(f"plan    {verdict(cfg, job)}")
     phase_of = {name: phase for phase, names in PHASES.items() for name in names}
-    print(f"        parts, largest first ({job.device.type}, {str(compute_dtype(cfg, job.device))[6:]}); of the phases of a "
-          f"step only the fullest counts, here: {phase}")
-    for name, size in largest_first(plan):
-        print(f"        {size_text(size):>10}  {name}" + (f"  ({phase_of[name]})" if name in phase_of else ""))
-    print(f"chosen  {chosen_text(cfg)}" + ("" if fits else ": the smallest that are tried unless a flag names them"))
+    lines = [f"plan    {verdict(cfg, job)}", *([] if fits else [f"        {way_text(cfg, job)}"]),
+             f"parts   on {job.device.type} in {str(compute_dtype(cfg, job.device)).removeprefix('torch.')}, largest "
+             f"first; of what only a phase needs, the fullest phase's counts, here {phase}"]
+    lines += [f"        {size_text(size):>10}  {name}" + (f"  ({phase_of[name]})" if name in phase_of else "")
+              for name, size in largest_first(plan)]
+    smallest = "" if fits else ": the smallest that are tried, where no flag names them"
+    lines.append(f"chosen  {chosen_text(cfg)}{smallest}")
     if job.device.type != "cpu":
-        print(f"host    {host_text(cfg, job)}")
+        lines.append(f"host    {host_text(cfg, job)}")
     for same, title in ((True, "the same steps but for rounding"), (False, "another run")):
-        if found := [f"{flag_text(flags)} {size_text(saved)}" for saved, flags, alike in savings(cfg, job) if alike is same]:
-            print(f"saves   {', '.join(found)}  ({title})")
-    if not fits:
-        print(f"        {way_text(cfg, job)}")
-    return 0 if fits else 1
+        if flags := [f"{flag_text(flags)} {size_text(saved)}" for saved, flags, alike in found if alike is same]:
+            lines.append(f"saves   {', '.join(flags)}  ({title})")
+    return lines + ([] if cfg.plan_memory else host_warning(cfg, job))
+
+
+def print_plan(cfg, job: Job) -> int:
+    """Returns the exit status: 0 when it fits, 1 when it does not."""
+    print("\n".join(plan_lines(cfg, job)))     # at once: a reader may stop after the first line
+    return 0 if peak(memory_plan(cfg, job)) <= job.memory else 1
 
 
 def announce(cfg, job: Job) -> int:
     """The verdict of a run that is about to load its models, on this machine. Returns the bytes at the peak."""
     plan = memory_plan(cfg, job)
     need, parts = peak(plan), ", ".join(f"{name} {size_text(size)}" for name, size in largest_first(plan)[:4])
-    print(f"memory  {verdict(cfg, job)} ({chosen_text(cfg)})")
-    print(f"        {parts} ... (--plan shows all)")
+    lines = [f"memory  {verdict(cfg, job)} ({chosen_text(cfg)})", f"        {parts} ... (--plan shows all)"]
     if need > job.memory:
-        print(f"        warning: it goes on, since this is an estimate; {way_text(cfg, job)}")
+        lines.append(f"        warning: it goes on, since this is an estimate; {way_text(cfg, job)}")
     elif (free := free_memory(job.device)) is not None and need > free:
-        print(f"        warning: only {size_text(free)} are free at the moment; end what else is running")
+        lines.append(f"        warning: only {size_text(free)} are free at the moment; end what else is running")
     if job.device.type != "cpu" and cfg.offload_optimizer:
-        print(f"        {host_text(cfg, job)}")
-    host, whole = sum(host_plan(cfg, job).values()), total_memory(torch.device("cpu"))
-    if host > whole:
-        print(f"        warning: the machine itself has {size_text(whole)}, and its part of this run is about "
-              f"{size_text(host)}")
+        lines.append(f"        {host_text(cfg, job)}")
+    print("\n".join(lines + host_warning(cfg, job)))
     return need
+
+
+def host_warning(cfg, job: Job) -> list[str]:
+    host, whole = sum(host_plan(cfg, job).values()), total_memory(torch.device("cpu"))
+    if host <= whole:
+        return []
+    return [f"        warning: this machine has {size_text(whole)}, its own part of the run is about "
+            f"{size_text(host)}; adapters (--lora_rank) need less"]
 
 
 # What a run chose at its first start
@@ -173,18 +182,17 @@ def settle(cfg, job: Job, stored: dict | None = None):
     """cfg with slots, micro_batch_tokens and chunk_rows filled in where they are 0, and threads if they are stored:
     what the run's first start chose (`stored`), else what fits here. They decide in which order sums are taken, so a
     run that goes on keeps them, unless by the plan there is no memory for them here."""
-    kept = {name: stored[name] for name in (*CHOSEN, "threads") if stored and stored.get(name) and not getattr(cfg, name)}
-    here, now = fit(cfg, job), fit(replace(cfg, **kept), job)
-    if not set(CHOSEN) & set(kept):
-        return now
-    need, instead = (peak(memory_plan(c, job)) for c in (now, here))
+    kept = {name: size for name in (*CHOSEN, "threads") if (size := (stored or {}).get(name)) and not getattr(cfg, name)}
+    now = fit(replace(cfg, **kept), job)
+    here = fit(replace(cfg, threads=now.threads), job)
+    need, instead = (peak(memory_plan(sizes, job)) for sizes in (now, here))
+    began = f"memory  this run began with {chosen_text(now)}"
     if need > job.memory and instead < need:
-        print(f"memory  this run began with {chosen_text(now)}, about {size_text(need)} of the "
-              f"{size_text(job.memory)} here: its sizes are chosen anew, so that sums are rounded differently from here on")
-        return replace(here, threads=now.threads)
+        print(f"{began}, about {size_text(need)} of the {size_text(job.memory)} here; they are chosen anew, and sums "
+              f"are rounded differently from here on")
+        return here
     if need > ROOM * job.memory and instead < need:
-        print(f"memory  this run began with {chosen_text(now)}, more than would be chosen here; they are kept, so that "
-              f"every sum is rounded as before")
+        print(f"{began}, more than would be chosen here; they are kept, so that every sum is rounded as before")
     return now
 
 
