@@ -31,12 +31,17 @@ COUNT = "{% for a in range(messages[0].content | int) %}{% for b in range(99999)
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch):
-    """A fresh process with small limits for every test."""
+    """A fresh process with little memory for every test; much time, except where time is what is tested."""
     Workers.end()
-    monkeypatch.setattr(file, "SECONDS", 1.0)
+    monkeypatch.setattr(file, "SECONDS", 30)
     monkeypatch.setattr(file, "MEMORY", 2**28)
     yield
     Workers.end()
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(file, "SECONDS", 1.0)
 
 
 def ask(source, content="x", **variables):
@@ -74,7 +79,7 @@ def gone(pid: int, seconds: float) -> bool:
 @pytest.mark.parametrize("source, when", [
     (LOOP, "on this prompt"), ("{{ lipsum(n=10**6) and '' }}", "on this prompt"),
     ("{% if false %}{{ 9 ** (9 ** 9) }}{% endif %}", "to compile")])
-def test_a_template_that_takes_too_long_is_stopped(source, when):
+def test_a_template_that_takes_too_long_is_stopped(hurried, source, when):
     """fails if: the parent waits for an answer, or compiles the template itself (jinja2 computes constants)."""
     begin = time.monotonic()
     assert sentence(source) == (f"the.jinja takes more than 5 s {when}; correct it or give another chat template "
@@ -116,7 +121,7 @@ def test_the_sentence_of_a_template_is_bounded():
     assert said.startswith("the.jinja refuses this prompt: no no no")
 
 
-def test_the_parent_holds_time_and_output_by_itself(monkeypatch):
+def test_the_parent_holds_time_and_output_by_itself(hurried, monkeypatch):
     """fails if: the parent trusts the process: one that says nothing, one that never stops talking."""
     worker = Worker()
     for command, words in ((["sleep", "60"], "takes more than"), (["cat", "/dev/zero"], "writes more than")):
@@ -128,7 +133,7 @@ def test_the_parent_holds_time_and_output_by_itself(monkeypatch):
         assert worker.process.poll() is not None and worker.process.stdout.closed
 
 
-def test_a_prompt_that_the_process_does_not_read_is_given_up(monkeypatch):
+def test_a_prompt_that_the_process_does_not_read_is_given_up(hurried):
     """fails if: writing a long request blocks, so that no limit is looked at."""
     worker = Worker()
     os.kill(worker.process.pid, signal.SIGSTOP)
@@ -140,7 +145,7 @@ def test_a_prompt_that_the_process_does_not_read_is_given_up(monkeypatch):
 # ----------------------------------------------------------------------------------- one process, replaced
 
 
-def test_after_a_limit_the_next_prompt_is_rendered():
+def test_after_a_limit_the_next_prompt_is_rendered(hurried):
     """fails if: the dead process is asked again, or a new one is not given the templates that the old one had."""
     kept, other = Template(COUNT, "the.jinja"), Template("{{ messages[0].content }}!", "other.jinja")
     first = Workers.current.process.pid
@@ -244,7 +249,7 @@ sys.stdin.readline()
 
 @pytest.mark.parametrize("source, render, how", [("x", False, "kill"), (LOOP, True, "kill"), ("x", False, "exit")])
 def test_the_process_ends_with_its_parent(source, render, how):
-    """fails if: the worker does not notice the end of its input; or, in an endless template, has no alarm."""
+    """fails if: the worker is kept by a second copy of its pipes; or, in an endless template, has no alarm."""
     parent = subprocess.Popen([sys.executable, "-c", SCRIPT.format(root=str(ROOT), source=source, render=render)],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
@@ -279,7 +284,7 @@ def test_a_process_that_cannot_be_started_is_one_sentence(monkeypatch, tmp_path,
         executable = str(script)
     monkeypatch.setattr(sys, "executable", executable)
     before = open_files()
-    with pytest.raises(UserError, match=rf"could not be started \(.*({words}).*\); mend that, or use the chat template"):
+    with pytest.raises(UserError, match=rf"could not be started \(.*({words}).*\); mend that, or use"):
         Template("x", "the.jinja")
     assert open_files() == before and Workers.current is None
 
