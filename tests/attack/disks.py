@@ -45,7 +45,7 @@ def failing(place: Path, at: int, name: str, lasting: bool) -> None:
 
 class Setting:
     def __init__(self, name: str, world: Path):
-        self.name, self.world, self.home = name, world, world / name
+        self.name, self.world, self.home = name, world, world / "disks" / name
         calm = self.home / "calm"
         calm.mkdir(parents=True)
         ended = run(lambda: program(self.command(calm)), world)
@@ -110,10 +110,10 @@ def attack(setting: Setting, index: int, args, tally: Tally) -> None:
     if wrong := trouble(ended):
         return tally.bad("traceback", args, setting.name, index, f"{what}: {wrong}", ended.text)
     said = ended.text
-    if ended.status:
-        if "DIFFERENT" in (state := damage(place / "run")):
-            return tally.bad("different", args, setting.name, index, f"{what}: {state}", said)
-        ended = run(lambda: program(setting.command(place)), setting.world)
+    if ended.status and "DIFFERENT" in (state := damage(place / "run")):
+        return tally.bad("different", args, setting.name, index, f"{what}: {state}", said)
+    # also where the failure did not matter: what could not be removed then, the next command removes
+    ended = run(lambda: program(setting.command(place)), setting.world)
     if ended.status:
         return tally.bad("lost", args, setting.name, index, f"{what}; then it says", said + ended.text)
     try:

@@ -24,7 +24,7 @@ import numpy as np
 import common
 from bombs import template
 from common import ESCAPED, Tally, arguments, options, program, run, trouble
-from config import Config
+from config import RECIPES, Config
 from mutations import KINDS, ODD, SPOILS, Case, disturb, dump, read_tensors, short, spoil
 
 SECONDS, BYTES = 10, 2 * 10**9
@@ -33,12 +33,14 @@ QUICK |= {"no-eval_teacher": True}
 # counts that may well be meant: a long run is no failure, so only what nobody can mean is tried on them
 LONG = {"steps", "problems", "samples", "eval_k", "pts_samples", "updates", "max_new_tokens", "eval_max_new_tokens",
         "save_every", "eval_every", "warmup_steps", "lora_rank", "cold_start_steps", "eval_limit", "threads"}
-VALUES = ["", " ", "0", "1", "-1", "2", "0.5", "1.0", "nan", "-nan", "inf", "-inf", "1e308", "1e-308", "-1e308", "1e-45", "1e20",
-          "-0.0", "0x10", "1_0", "１２", " 5", "5 ", "+3", "1e", ".", "true", "True", "None", "null", "é", "\udc80", "\ud800x", "a\nb",
-          "\x1b[31m", "%s", "{}", "{world}", "$(id)", "`id`", "=", ",", "a=b", "a=b,c=d", ",,,", "..", ".", "/", "~", "~nobody/x",
-          "~root/x", "/dev/null", "/dev/zero", "/dev/stdin", "/proc/self/mem", "/etc/passwd", "//", "a/../b", "-", "--", "--lr",
-          "auto", "none", "self", "owner/name", "a/b/c", "http://x/y", "x" * 300, "x" * 5000, "/" + "y/" * 2000, "9" * 400,
-          "9" * 5000, "9223372036854775807", "9223372036854775808", "100000000000000000000"]
+VALUES = [
+    "", " ", "0", "1", "-1", "2", "0.5", "1.0", "nan", "-nan", "inf", "-inf", "1e308", "1e-308", "-1e308", "1e-45",
+    "1e20", "-0.0", "0x10", "1_0", "１２", " 5", "5 ", "+3", "1e", ".", "true", "True", "None", "null", "é", "\udc80",
+    "\ud800x", "a\nb", "\x1b[31m", "%s", "{}", "{world}", "$(id)", "`id`", "=", ",", "a=b", "a=b,c=d", ",,,", "..",
+    ".", "/", "~", "~nobody/x", "~root/x", "/dev/null", "/dev/zero", "/dev/stdin", "/proc/self/mem", "/etc/passwd",
+    "//", "a/../b", "-", "--", "--lr", "auto", "none", "self", "owner/name", "a/b/c", "http://x/y", "x" * 300,
+    "x" * 5000, "/" + "y/" * 2000, "9" * 400, "9" * 5000, "9223372036854775807", "9223372036854775808",
+    "100000000000000000000"]
 HUGE = [value for value in VALUES if len(value) > 18 or not value.strip("+-. ").isdigit()]
 SOME = ["0", "1", "2", "0.5", "0.1", "3", "1e-3", "nan", "inf"]
 MEANT = {("max_grad_norm", "inf")}     # its help says what it does
@@ -53,10 +55,9 @@ def flags(place: Path, index: int, rng: random.Random, seed: int) -> Case:
         value = value.replace("{world}", str(place))
         fresh = rng.random() < 0.3
         argv = [f"--{f.name}={value}"] if rng.random() < 0.7 else [f"--{f.name}", value]
-        # -nan is a flag to argparse, and infinity may be meant where the help says so
-        loose = f.type is float and "inf" in value and (f.name, value) not in MEANT or f.type is float and "nan" in value
+        loose = f.type is float and value in ("nan", "inf") and (f.name, value) not in MEANT
         return Case(f"{short(' '.join(argv))}{' --fresh' * fresh}", {"fresh": True} if fresh else {}, argv,
-                    not_finite=loose and value not in ("-nan", "-inf"), outside=f.name in ("runs", "name"))
+                    not_finite=loose, outside=f.name in ("runs", "name"))
     argv = []
     for f in rng.sample(known, rng.choice((1, 2, 2, 3, 4))):
         if f.type is bool:
@@ -64,21 +65,22 @@ def flags(place: Path, index: int, rng: random.Random, seed: int) -> Case:
         elif f.metadata["choices"]:
             argv.append(f"--{f.name}={rng.choice((*f.metadata['choices'], 'x'))}")
         elif f.type is str:
-            argv.append(f"--{f.name}={rng.choice(('', 'self', 'none', '3', 'auto', 'x', place / 'student', 'a=b'))}")
+            argv.append(f"--{f.name}={rng.choice(('', 'self', 'none', '3', 'x', place / 'student', 'a=b'))}")
         else:
             argv.append(f"--{f.name}={rng.choice(SOME)}")
     if rng.random() < 0.3:
-        argv.append(rng.choice(("--lrr", "x", "--", "-h", "--help=1", "--steps", "-", "--Steps=1", "--lr=1=2", "\udc80")))
+        argv.append(rng.choice(("--lrr", "x", "--", "-h", "--help=1", "--steps", "-", "--lr=1=2", "\udc80")))
     if rng.random() < 0.5:
-        argv.insert(0, f"--recipe={rng.choice(('opd', 'gkd', 'sg', 'grpo', 'sft', 'sdft', 'sdpo', 'tip', 'exopd', 'fire'))}")
+        argv.insert(0, f"--recipe={rng.choice(list(RECIPES))}")
     return Case(short(" ".join(argv)), {}, argv, outside=True)
 
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", ".lock", "last/trainer.json", "last/trainer.safetensors",
-         "last/model.safetensors", "last/config.json", "last/tokenizer.json", "last", "best", "samples/step-000000.jsonl")
-NAMES = ("step-000020-backup", "step-", "step-x", "step-000009", "step-000009.unfinished", "step-9" + "9" * 30, "step-000001 copy",
-         "step--00001", "notes.txt", ".hidden", "last.old", "samples/mine.txt", "last/mine.txt", "x.unfinished",
-         "step-000001.removed", ".removed-run", "é", "\udc80", "step-１２", "tensorboard", "teacher_responses")
+         "last/model.safetensors", "last/config.json", "last/tokenizer.json", "last", "best",
+         "samples/step-000000.jsonl")
+NAMES = ("step-000020-backup", "step-", "step-x", "step-000009", "step-000009.unfinished", "step-9" + "9" * 30,
+         "step-000001 copy", "step--00001", "notes.txt", ".hidden", "last.old", "samples/mine.txt", "last/mine.txt",
+         "x.unfinished", "step-000001.removed", ".removed-run", "é", "\udc80", "step-１２", "tensorboard")
 
 
 def folder(place: Path, index: int, rng: random.Random, seed: int) -> Case:
@@ -90,7 +92,8 @@ def folder(place: Path, index: int, rng: random.Random, seed: int) -> Case:
         (home / "summary.json").unlink()
         if rng.random() < 0.5:
             shutil.rmtree(home / "step-000001")
-    case = Case(f"{'complete' if complete else 'interrupted'} run{', --fresh' * fresh}: ", {"fresh": True} if fresh else {})
+    state = "complete" if complete else "interrupted"
+    case = Case(f"{state} run{', --fresh' * fresh}: ", {"fresh": True} if fresh else {})
     for _ in range(rng.choice((1, 1, 2, 3))):
         case.what += touch(home, rng, case) + "; "
     outside = place / "private"
@@ -147,15 +150,15 @@ def touch(home: Path, rng: random.Random, case: Case) -> str:
 ALL = {**KINDS, "template": template, "flags": flags, "folder": folder}
 
 
-def not_finite(folder: Path) -> str | None:
-    """The name of a saved tensor that holds NaN or infinity."""
-    path = folder / "last/model.safetensors"
+def not_finite(path: Path, but: tuple = ()) -> str | None:
+    """The name of a tensor in a safetensors file that holds NaN or infinity; those with a part of `but` aside."""
     if not path.is_file():
         return None
     header, body = read_tensors(path)
     for name, info in header.items():
-        if name != "__metadata__":
-            kind, top = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00)}.get(info["dtype"], (np.uint16, 0x7F80))
+        if name != "__metadata__" and not any(part in name for part in but):
+            kind, top = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00)}.get(
+                info["dtype"], (np.uint16, 0x7F80))
             if ((np.frombuffer(body[slice(*info["data_offsets"])], kind) & kind(top)) == top).any():
                 return name
     return None
@@ -185,7 +188,7 @@ def verdict(case: Case, ended, place: Path, entry: str) -> tuple[str, str] | Non
         return "touched" if ended.status == ESCAPED else "traceback", wrong
     if case.not_finite and ended.status == 0 and entry == "train":
         return "accepted", "status 0"
-    if ended.status == 0 and (name := not_finite(place / "runs" / "run")):
+    if ended.status == 0 and (name := not_finite(place / "runs/run/last/model.safetensors")):
         return "accepted", f"last/ holds {name}, which is not finite"
     for path, content in case.kept:
         if not path.is_file() or path.read_bytes() != content:
@@ -204,7 +207,9 @@ def attack(world: Path, kind: str, index: int, args, tally: Tally) -> None:
         done = run(lambda: program(arguments(world, **QUICK, save_every=1, runs=place.parent / "finished")), world)
         assert done.status == 0, done.text
     case = ALL[kind](place, index, rng, args.seed)
-    entry = "train" if kind in ("folder", "flags") else rng.choice(("train",) * 6 + ("eval.py", "eval.py", "plan", "report_only"))
+    entry = "train"
+    if kind not in ("folder", "flags"):
+        entry = rng.choice(("train",) * 6 + ("eval.py", "eval.py", "plan", "report_only"))
     argv, file = command(place, case, entry)
     ended = run(lambda: program(argv, file), place, seconds=SECONDS + 2, memory=6 * 10**9)
     if found := verdict(case, ended, place, entry):
@@ -220,7 +225,8 @@ def main(argv: list[str] | None = None, world: Path | None = None) -> int:
     if world is None:
         with common.worlds(args.keep) as made:
             return main(argv, made)
-    tally, work = Tally("inputs", ("traceback", "slow", "big", "accepted", "touched"), "inputs.py"), common.schedule(args)
+    tally = Tally("inputs", ("traceback", "slow", "big", "accepted", "touched"), "inputs.py")
+    work = common.schedule(args)
     for kind, index in work:
         attack(world, kind, index, args, tally)
     return tally.close(len(work))

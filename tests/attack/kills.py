@@ -60,7 +60,7 @@ class Setting:
     def __init__(self, name: str, world: Path, torchrun: bool):
         self.name, self.world, self.torchrun = name, world, torchrun
         self.fresh, self.ranks = name.startswith("fresh"), 2 if "ranks" in name else 1
-        self.home = world / name
+        self.home = world / ("torchrun" if torchrun else "kills") / name
         calm = self.home / "calm"
         calm.mkdir(parents=True)
         ended = self.start(calm, False)
@@ -147,7 +147,7 @@ class Setting:
 def torchrun(argv: list[str], at: int, seconds: float, victim: int, place: Path) -> Ended:
     """The real one: 2 processes of this file, which kill themselves as they are told."""
     told = {"ATTACK_AT": f"{at} {seconds} {victim} {place}"} if at or seconds else {}
-    world = str(place.parents[1])
+    world = str(place.parents[2])
     begun = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            __file__, *argv], capture_output=True, text=True, timeout=180, cwd=place,

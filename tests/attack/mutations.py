@@ -1,8 +1,8 @@
 """Mutations: what a stranger's file may hold. Each function of KINDS breaks one thing in a copy of the tiny world and
 says what it did; see inputs.py.
 
-A mutation is number `index` of its kind. Where there is a table (every key with every odd value), the first numbers walk
-through it in an order that --seed shuffles; later ones are random.
+A mutation is number `index` of its kind. Where there is a table (every key with every odd value), the first numbers
+walk through it in an order that --seed shuffles; later ones are random.
 """
 import contextlib
 import json
@@ -212,7 +212,7 @@ def weights(place: Path, index: int, rng: random.Random, seed: int) -> Case:
     if way == "header":
         header, what = disturb(header, rng)
     elif way == "dtype":
-        header[name]["dtype"] = what = rng.choice(("F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "C64", "", "f32"))
+        header[name]["dtype"] = what = rng.choice(("F64", "F16", "BF16", "I32", "U8", "F8_E4M3", "C64", "", "f32"))
     elif way == "remove":
         del header[name]
         what = f"without {name}"

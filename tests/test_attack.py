@@ -1,0 +1,26 @@
+"""A sample of every attack in tests/attack; its README has the command for the full sizes."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ATTACK = Path(__file__).parent / "attack"
+SHARES = {"kills": 18, "disks": 12, "inputs": 90, "numbers": 24}      # title of the closing line -> how many
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """What run_all.py prints, one process for all: importing torch takes longer than ten attacks."""
+    sizes = [f"--{title}={count}" for title, count in SHARES.items()]
+    return subprocess.run([sys.executable, ATTACK / "run_all.py", *sizes], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the attacks watch Linux's file system calls")
+@pytest.mark.parametrize("title", SHARES)
+def test_a_sample_of_the_attacks_finds_nothing(sample, title):
+    closing = re.search(rf"^{title} +(\d+) of (\d+): (.*), \d+ s$", sample.stdout, re.MULTILINE)
+    assert closing, sample.stdout + sample.stderr
+    found = re.findall(r"(\d+) (?!not possible)", closing[3])
+    assert int(closing[2]) == SHARES[title] and set(found) == {"0"}, sample.stdout
