@@ -252,6 +252,20 @@ class RunFolder:
         lines = "".join(json.dumps(plain(sample)) + "\n" for sample in samples)
         write_text(self.path / "samples" / f"step-{step:06d}.jsonl", lines)
 
+    def teacher_responses(self, problems: int, vocab_size: int) -> dict[int, list]:
+        """problem -> token ids of the responses in teacher_responses.json; one sentence where hands have been in it."""
+        path = self.path / "teacher_responses.json"
+        try:
+            found = {int(problem): responses for problem, responses in read_json(path, most=2**33).items()}
+            rows = [row for responses in found.values() for row in responses]
+            if not (all(0 <= problem < problems for problem in found) and all(rows)
+                    and all(type(token) is int and 0 <= token < vocab_size for row in rows for token in row)):
+                raise ValueError("a problem or a token that there is not")
+        except DAMAGE as error:
+            raise UserError(f"{path} is not what a run writes ({reason(error)}); delete it, and the teacher writes "
+                            f"again") from error
+        return found
+
     def write_summary(self, summary: dict) -> None:
         write_text(self.path / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
 

@@ -379,4 +379,4 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
                             "answer); raise --max_new_tokens or leave out --cold_start_steps and --pts_weight")
         parallel.on_first(write_text, path, json.dumps(kept))
         print(f"teacher wrote {sum(map(len, kept.values()))} usable responses to {len(kept)} problems")
-    return {int(i): responses for i, responses in json.loads(path.read_text()).items()}
+    return folder.teacher_responses(len(run.train), run.vocab_size)

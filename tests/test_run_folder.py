@@ -331,6 +331,17 @@ def test_a_damaged_summary_is_one_sentence(command, tmp_path, capsys, text):
     assert train.main(command()) == 0 and json.loads(file.read_text())["steps"] == 2
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"0": 5}', '{"0": [[]]}', '{"0": [["a"]]}', '{"0": [[999]]}',
+                                  '{"0": [[-1]]}', '{"99": [[1]]}', '{"x": [[1]]}', '{"0": [[true]]}', '{"0": [5]}'], ids=ascii)
+def test_damaged_responses_of_the_teacher_are_one_sentence(tmp_path, text):
+    folder = RunFolder(tmp_path, MARKED)
+    (tmp_path / "teacher_responses.json").write_text(text)
+    with pytest.raises(UserError, match="teacher_responses.json is not what a run writes .* the teacher writes again"):
+        folder.teacher_responses(10, 24)
+    (tmp_path / "teacher_responses.json").write_text('{"0": [[1, 23]], "9": [[0], [5]]}')
+    assert folder.teacher_responses(10, 24) == {0: [[1, 23]], 9: [[0], [5]]}
+
+
 def test_the_start_is_a_checkpoint_like_any_other(command, tmp_path):
     """Step 0 is the best of a run that only gets worse. fails if: 0 is taken for none."""
     assert train.main(command(save_every=1, lr=1.0)) == 0
