@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ATTACK = Path(__file__).parent / "attack"
-SHARES = {"kills": 18, "disks": 12, "inputs": 90, "numbers": 24}      # title of the closing line -> how many
+SHARES = {"kills": 12, "disks": 12, "inputs": 70, "numbers": 24}      # title of the closing line -> how many
 
 
 @pytest.fixture(scope="module")

@@ -26,25 +26,25 @@ from pathlib import Path
 import common
 from common import Child, Ended, Tally, arguments, on_changes, options, program, result, run, start_ranks, wait
 
-SETTINGS = {            # name -> flags of the run
+SETTINGS = {            # name -> flags of the run; a small --count tries the first ones
     "plain": dict(save_every=2),
-    "every_step": dict(save_every=1),
-    "evaluations": dict(eval_every=1, save_every=2),
-    "gkd": dict(recipe="gkd", save_every=1, seed=1),
-    "sft": dict(recipe="sft", save_every=1, lr=0.01),
-    "teacher_writes": dict(recipe="sft", responses="teacher", save_every=1),
+    "fresh_done": dict(save_every=1),                               # --fresh over a run that is complete
+    "two_ranks": dict(save_every=1, eval_every=2),
+    "twice": dict(save_every=1, eval_every=2),                      # the one that goes on is killed again, and again
     "sg": dict(recipe="sg", pts_weight=0.5, pts_hold=1, pts_end=1, pts_samples=32, save_every=1),
+    "lora": dict(lora_rank=2, save_every=1, schedule="cosine"),
+    "fresh_other": dict(save_every=1, lr=0.01),                     # --fresh over a complete one with other flags
     "ema": dict(recipe="sdft", teacher="self", teacher_prompt="{{solution}}|{{problem}}", skip_first=1, ema=0.5,
                 save_every=1),
-    "lora": dict(lora_rank=2, save_every=1, schedule="cosine"),
     "other_tokenizer": dict(recipe="xtok", teacher="{world}/foreign", min_coverage=0, save_every=1),
-    "no_teacher": dict(recipe="grpo", teacher="none", problems=2, samples=2, updates=2, save_every=1),
-    "twice": dict(save_every=1, eval_every=2),                      # the one that goes on is killed again, and again
-    "fresh_done": dict(save_every=1),                               # --fresh over a run that is complete
     "fresh_cut": dict(save_every=1),                                # --fresh over one that was killed
-    "fresh_other": dict(save_every=1, lr=0.01),                     # --fresh over a complete one with other flags
+    "gkd": dict(recipe="gkd", save_every=1, seed=1),
+    "every_step": dict(save_every=1),
+    "evaluations": dict(eval_every=1, save_every=2),
+    "sft": dict(recipe="sft", save_every=1, lr=0.01),
+    "teacher_writes": dict(recipe="sft", responses="teacher", save_every=1),
+    "no_teacher": dict(recipe="grpo", teacher="none", problems=2, samples=2, updates=2, save_every=1),
     "fresh_foreign_files": dict(save_every=1),                      # ... in which somebody has left a file
-    "two_ranks": dict(save_every=1, eval_every=2),
     "fresh_two_ranks": dict(save_every=1),
 }
 
@@ -63,7 +63,7 @@ class Setting:
         self.home = world / ("torchrun" if torchrun else "kills") / name
         calm = self.home / "calm"
         calm.mkdir(parents=True)
-        ended = self.start(calm, False)
+        ended, self.events = self.counted(calm, False)
         if ended.status:
             raise SystemExit(f"{name}: a run that nobody attacks fails\n{ended.text}")
         self.wanted, self.seconds = result(calm / "run"), ended.seconds
@@ -73,7 +73,9 @@ class Setting:
             self.old.mkdir()
             self.start(self.old, False, **({"lr": 0.02} if name == "fresh_other" else {}),
                        at=70 if name == "fresh_cut" else 0)
-        self.events = self.count_events()       # of a --fresh: those in which the old run goes and the new one begins
+        if self.fresh:          # the changes in which the old run goes and the new one begins
+            self.copy_of_old(self.home / "count")
+            self.events = self.counted(self.home / "count", True)[1]
 
     def command(self, place: Path, fresh: bool, **flags) -> list[str]:
         return arguments(self.world, runs=place, fresh=fresh or None, **(SETTINGS[self.name] | flags))
@@ -109,29 +111,29 @@ class Setting:
         return max(wait(children, 60, stop), key=lambda ended: ended.status < 0)
 
     def copy_of_old(self, place: Path) -> None:
+        place.mkdir()
         if self.fresh:
             shutil.copytree(self.old, place, symlinks=True, dirs_exist_ok=True)
         if self.name == "fresh_foreign_files":
             (place / "run" / "notes.txt").write_text("lr 0.01 looks best")
 
-    def count_events(self) -> int:
-        place = self.home / "count"
-        place.mkdir()
-        self.copy_of_old(place)
+    def counted(self, place: Path, fresh: bool) -> tuple[Ended, int]:
+        """A run that nobody touches, and how many changes of the file system there are to die before."""
+        if self.ranks > 1 and self.torchrun:
+            return self.start(place, fresh), 150
 
         def body():
             told = []
 
             def note(number, event, path):      # the answers before the first step: by then the old run is gone
                 told.append(path)
-                if not (self.fresh and any("step-000000.jsonl" in path for path in told)):
+                if not (fresh and any("step-000000.jsonl" in path for path in told)):
                     os.write(1, f"\nCHANGES {number} \n".encode())
             on_changes(place, note)
-            return program(self.command(place, self.fresh))
+            return program(self.command(place, fresh))
         ended = run(body, self.world) if self.ranks == 1 else wait(
-            start_ranks([body, lambda: program(self.command(place, self.fresh))], self.world), 60)[0]
-        shutil.rmtree(place)
-        return int(ended.text.rpartition("CHANGES ")[2].split()[0])
+            start_ranks([body, lambda: program(self.command(place, fresh))], self.world), 60)[0]
+        return ended, int(ended.text.rpartition("CHANGES ")[2].split()[0]) if "CHANGES" in ended.text else 0
 
     def way(self, index: int, rng: random.Random) -> dict:
         """How number `index` of this setting dies."""
@@ -178,7 +180,6 @@ def be_a_rank() -> int:
 def attack(setting: Setting, index: int, args, tally: Tally) -> None:
     rng = random.Random(f"{args.seed} {setting.name} {index}")
     place = setting.home / f"at{index}"
-    place.mkdir()
     setting.copy_of_old(place)
     told = []
     for _ in range(3 if setting.name == "twice" else 1):
