@@ -37,7 +37,7 @@ from support.run_folder import (CHECKPOINT, REMOVED, STEP, UNFINISHED, advice, f
                                 refuse_imitations, remove, remove_aside, remove_checkpoints, run_path, set_aside,
                                 strangers, tidy, write_bytes, write_text, writing)
 
-__all__ = ["RunFolder", "recorded", "run_path", "started", "trainable", "write_text"]
+__all__ = ["RunFolder", "read_responses", "recorded", "run_path", "started", "trainable", "write_text"]
 ROOT = Path(__file__).resolve().parent
 
 
@@ -96,6 +96,20 @@ def reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return shown(f"{error} is missing")
     return shown(one_line(str(error).rpartition("; ")[0] if isinstance(error, UserError) else error))
+
+
+def read_responses(path: Path, problems: int, vocab_size: int) -> dict[int, list]:
+    """problem -> token ids of the responses in teacher_responses.json; one sentence where hands have been in it."""
+    try:
+        found = {int(problem): responses for problem, responses in read_json(path, most=2**33).items()}
+        rows = [row for responses in found.values() for row in responses]
+        if not (all(0 <= problem < problems for problem in found) and all(rows)
+                and all(type(token) is int and 0 <= token < vocab_size for row in rows for token in row)):
+            raise ValueError("a problem or a token that there is not")
+    except DAMAGE as error:
+        raise UserError(f"{path} is not what a run writes ({reason(error)}); delete it, and the teacher writes "
+                        f"again") from error
+    return found
 
 
 class RunFolder:
@@ -251,20 +265,6 @@ class RunFolder:
             (self.path / "samples").mkdir(exist_ok=True)
         lines = "".join(json.dumps(plain(sample)) + "\n" for sample in samples)
         write_text(self.path / "samples" / f"step-{step:06d}.jsonl", lines)
-
-    def teacher_responses(self, problems: int, vocab_size: int) -> dict[int, list]:
-        """problem -> token ids of the responses in teacher_responses.json; one sentence where hands have been in it."""
-        path = self.path / "teacher_responses.json"
-        try:
-            found = {int(problem): responses for problem, responses in read_json(path, most=2**33).items()}
-            rows = [row for responses in found.values() for row in responses]
-            if not (all(0 <= problem < problems for problem in found) and all(rows)
-                    and all(type(token) is int and 0 <= token < vocab_size for row in rows for token in row)):
-                raise ValueError("a problem or a token that there is not")
-        except DAMAGE as error:
-            raise UserError(f"{path} is not what a run writes ({reason(error)}); delete it, and the teacher writes "
-                            f"again") from error
-        return found
 
     def write_summary(self, summary: dict) -> None:
         write_text(self.path / "summary.json", json.dumps(plain(summary), indent=2) + "\n")

@@ -23,7 +23,7 @@ import credit
 import losses
 import parallel
 from across import Crossing
-from checkpoint import RunFolder, write_text
+from checkpoint import RunFolder, read_responses, write_text
 from credit import ADVANTAGES, WEIGHTS
 from data import SHOWN_SOLUTION, degenerate, pick, pick_mixed, privileged_prompt
 from diagnostics import repeats, summarise
@@ -379,4 +379,4 @@ def teacher_responses(cfg, run: Setup, folder: RunFolder) -> dict[int, list]:
                             "answer); raise --max_new_tokens or leave out --cold_start_steps and --pts_weight")
         parallel.on_first(write_text, path, json.dumps(kept))
         print(f"teacher wrote {sum(map(len, kept.values()))} usable responses to {len(kept)} problems")
-    return folder.teacher_responses(len(run.train), run.vocab_size)
+    return read_responses(path, len(run.train), run.vocab_size)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from checkpoint import RunFolder, recorded, run_path, started  # noqa: E402
+from checkpoint import RunFolder, read_responses, recorded, run_path, started  # noqa: E402
 from support import run_folder  # noqa: E402
 from tokenizer import UserError  # noqa: E402
 
@@ -334,12 +334,12 @@ def test_a_damaged_summary_is_one_sentence(command, tmp_path, capsys, text):
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"0": 5}', '{"0": [[]]}', '{"0": [["a"]]}', '{"0": [[999]]}',
                                   '{"0": [[-1]]}', '{"99": [[1]]}', '{"x": [[1]]}', '{"0": [[true]]}', '{"0": [5]}'], ids=ascii)
 def test_damaged_responses_of_the_teacher_are_one_sentence(tmp_path, text):
-    folder = RunFolder(tmp_path, MARKED)
-    (tmp_path / "teacher_responses.json").write_text(text)
+    path = tmp_path / "teacher_responses.json"
+    path.write_text(text)
     with pytest.raises(UserError, match="teacher_responses.json is not what a run writes .* the teacher writes again"):
-        folder.teacher_responses(10, 24)
-    (tmp_path / "teacher_responses.json").write_text('{"0": [[1, 23]], "9": [[0], [5]]}')
-    assert folder.teacher_responses(10, 24) == {0: [[1, 23]], 9: [[0], [5]]}
+        read_responses(path, 10, 24)
+    path.write_text('{"0": [[1, 23]], "9": [[0], [5]]}')
+    assert read_responses(path, 10, 24) == {0: [[1, 23]], 9: [[0], [5]]}
 
 
 def test_the_start_is_a_checkpoint_like_any_other(command, tmp_path):
