@@ -16,7 +16,6 @@ from memory import (CHOSEN, PHASES, ROOM, Job, compute_dtype, fit, free_memory, 
 from support.errors import UserError, shown
 
 UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-MOST_CHANGES = 30       # flags are changed at most so often on the way to a plan that fits
 
 
 # The device
@@ -46,7 +45,7 @@ def planned_device(cfg) -> tuple[torch.device, int]:
 # What would help
 
 def trials(cfg, job: Job) -> list[tuple[dict, bool]]:
-    """(changed flags, whether the run stays the same but for rounding and speed): one change each."""
+    """(changed flags, whether the run stays the same but for rounding and speed): one change each; none undoes one."""
     sequences, length = cfg.problems * cfg.samples, job.prompt + cfg.max_new_tokens
     tokens, slots = min(cfg.micro_batch_tokens, sequences * length), max(sequences, job.held_out[0] * cfg.eval_k)
     found = [({"gradient_checkpointing": True}, True),
@@ -75,16 +74,24 @@ def savings(cfg, job: Job) -> list[tuple[int, dict, bool]]:
 
 def way_to_fit(cfg, job: Job) -> tuple[dict, int]:
     """(flags with which it fits, the bytes it then takes); ({}, 0) when nothing that is tried here is enough. Flags
-    that leave the run as it is are tried alone first; each time the one that saves most."""
+    that leave the run as it is are tried alone first; each time the one that saves most, at the peak or else in sum:
+    where two phases need nearly the same, each has to be made smaller."""
+    def needs(flags: dict) -> tuple[int, int]:
+        plan = memory_plan(replace(cfg, **flags), job)
+        return peak(plan), sum(plan.values())
     for allowed in ((True,), (True, False)):
-        changed: dict = {}
-        for _ in range(MOST_CHANGES):
-            found = [flags for _, flags, same in savings(replace(cfg, **changed), job) if same in allowed]
-            if not found:
+        changed, now = {}, needs({})
+        while now[0] > job.memory:
+            tried = [changed | flags for flags, same in trials(replace(cfg, **changed), job) if same in allowed]
+            best = min(tried, key=needs)
+            if needs(best) >= now:
                 break
-            changed |= found[0]
-            if (need := peak(memory_plan(replace(cfg, **changed), job))) <= job.memory:
-                return changed, need
+            changed, now = best, needs(best)
+        else:
+            for name in list(changed):      # what was tried early may not be needed in the end
+                without = {other: value for other, value in changed.items() if other != name}
+                changed = without if needs(without)[0] <= job.memory else changed
+            return changed, needs(changed)[0]
     return {}, 0
 
 
@@ -182,7 +189,8 @@ def settle(cfg, job: Job, stored: dict | None = None):
     """cfg with slots, micro_batch_tokens and chunk_rows filled in where they are 0, and threads if they are stored:
     what the run's first start chose (`stored`), else what fits here. They decide in which order sums are taken, so a
     run that goes on keeps them, unless by the plan there is no memory for them here."""
-    kept = {name: size for name in (*CHOSEN, "threads") if (size := (stored or {}).get(name)) and not getattr(cfg, name)}
+    kept = {name: size for name in (*CHOSEN, "threads")
+            if (size := (stored or {}).get(name)) and not getattr(cfg, name)}
     now = fit(replace(cfg, **kept), job)
     here = fit(replace(cfg, threads=now.threads), job)
     need, instead = (peak(memory_plan(sizes, job)) for sizes in (now, here))
