@@ -63,7 +63,7 @@ def dropped(flags: str, seed: int, runs: Path) -> list[float]:
     how well its score tells the two kinds apart, right responses from wrong ones, the same among only `*`."""
     cfg, _ = train.parse(arguments(ONE["low alone: fire"], f"{flags} --problems 512", seed, runs / "look"))
     with redirect_stdout(sys.stderr):
-        run = set_up(cfg)
+        cfg, run = set_up(cfg)
         _, s, _, _, asked, _ = look(cfg, run, 0, {}, Clock())
     score_B, kept_B = sequence_mean(s.teacher_N, s), sequence_mean(WEIGHTS["fire"](s, cfg), s) > 0
     high_B = torch.tensor([run.train[i].fields["kind"] == "high" for i in asked])
