@@ -62,12 +62,18 @@ def run_path(runs: str, name: str) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path     # as short as it can be printed
 
 
-def is_run(path: Path) -> bool:
-    """Does this folder bear the mark of a run, a config.json with a run's keys?"""
+def unlike_a_run(path: Path) -> str:
+    """Why this folder does not bear the mark of a run, a config.json with a run's keys; empty if it does."""
     try:
-        return is_kind(path / "config.json", FILE) and MARK <= read_json(path / "config.json").keys()
-    except UserError:
-        return False
+        if not is_kind(path / "config.json", FILE):
+            return "it holds no config.json"
+        return "" if MARK <= read_json(path / "config.json").keys() else "its config.json is not that of a run"
+    except UserError as error:
+        return str(error).rpartition("; ")[0]
+
+
+def is_run(path: Path) -> bool:
+    return not unlike_a_run(path)
 
 
 # What lies there
@@ -103,9 +109,10 @@ def refuse_foreign(path: Path) -> None:
         return
     except NotADirectoryError:
         raise UserError(f"{path} is no folder; pass another --name, or --runs") from None
-    if names and not is_run(path) and os.path.samestat(path.stat(), before):     # else it was just moved
-        raise UserError(f"{path} exists and is no run (it holds {shown(names[0])}, and no config.json of a run); pass "
-                        f"another --name, or move it elsewhere")
+    why = unlike_a_run(path) if names else ""
+    if why and os.path.samestat(path.stat(), before):       # else it was just moved
+        raise UserError(f"{path} exists, holds {shown(names[0])} and is no run ({why}); pass another --name, or move "
+                        f"it elsewhere")
 
 
 def refuse_imitations(path: Path) -> None:

@@ -279,7 +279,7 @@ def test_the_shorter_context_counts(refuses, copy, command):
 
 @pytest.mark.parametrize("flags,words", [
     (dict(runs="FILE"), ["cannot", "--runs"]), (dict(runs="FILE/deeper"), ["cannot", "--runs"]),
-    (dict(name="n" * 300), ["cannot", "n" * 300])], ids=["a file", "below a file", "long name"])
+    (dict(name="n" * 300), ["--name nnn", "longer than 200 bytes"])], ids=["a file", "below a file", "long name"])
 def test_a_run_folder_that_cannot_be_made(refuses, tmp_path, flags, words):
     """A file in the way, since permissions do not stop root.
     fails if: an operating system's error comes out as a traceback."""

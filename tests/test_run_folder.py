@@ -332,7 +332,8 @@ def test_a_damaged_summary_is_one_sentence(command, tmp_path, capsys, text):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"0": 5}', '{"0": [[]]}', '{"0": [["a"]]}', '{"0": [[999]]}',
-                                  '{"0": [[-1]]}', '{"99": [[1]]}', '{"x": [[1]]}', '{"0": [[true]]}', '{"0": [5]}'], ids=ascii)
+                                  '{"0": [[-1]]}', '{"99": [[1]]}', '{"x": [[1]]}', '{"0": [[true]]}', '{"0": [5]}'],
+                         ids=ascii)
 def test_damaged_responses_of_the_teacher_are_one_sentence(tmp_path, text):
     path = tmp_path / "teacher_responses.json"
     path.write_text(text)
