@@ -77,7 +77,8 @@ class Config(AcrossArgs, CreditArgs, LossArgs):
     max_new_tokens: int = opt(40, "longest response; longer ones are cut")
     temperature: float = opt(1.0, "used to sample and to score, for both sides")
     slots: int = opt(0, "sequences decoded side by side: memory, not mathematics; 0 = what fits")
-    stop_ids: str = opt("", "comma-separated ids that end a response; empty: the checkpoint's own")
+    stop_ids: str = opt("", "comma-separated ids that end a response; empty: the checkpoint's own, and where a teacher "
+                            "has others, those of both as one event")
     chat_template: str = opt("auto", "auto: the student checkpoint's own; plain: none; or a .jinja file")
     template_vars: str = opt("", "comma-separated name=value pairs for the template, e.g. enable_thinking=false")
     verifier: str = opt("auto", "how answers are graded",

@@ -56,7 +56,8 @@ class Rows(NamedTuple):
     teacher_NV: Tensor | None = None        # log q; None when there is no teacher
     behavior_N: Tensor | None = None        # log b(a), stored by the sampler
     advantage_N: Tensor | None = None       # from ADVANTAGES
-    shared: tuple[Tensor, Tensor] | None = None     # teacher with another tokenizer: ids of the tokens both have
+    shared: "tuple[Tensor, Tensor] | OneStop | None" = None     # what both sides have in common, when not all: ids of
+    #                           the tokens (another tokenizer), or which stop tokens mean the same
     student_before_N: Tensor | None = None  # then, for gold: log b and log q of the tokens that stand before
     teacher_before_N: Tensor | None = None  # this row in its chunk
 
@@ -285,11 +286,39 @@ def eopd(r: Rows, args: LossArgs) -> Tensor:
     return policy_gradient(r, args) + args.eopd_alpha * torch.where(unsure_N, forward_N, 0.0)
 
 
-# A teacher with another tokenizer: two vocabularies.
+# Teachers that need not say the same by the same id.
+
+class OneStop(NamedTuple):
+    """One vocabulary, but two sides that end their turns with different tokens. After any of `ids`, the stop tokens S
+    of both, a response is over; which of them was drawn means nothing, so both sides are compared with S as one word:
+
+        p'(stop) = sum over s in S of p(s),   p'(v) = p(v) for every v outside S,   q' likewise
+
+    and the token drawn, its log-probs (b', p', q') and every divergence are those of this smaller vocabulary. The
+    student's responses end at every s in S; were an s of the teacher's alone to go on, p' would count as stopping
+    what does not stop. Compared id by id, a student that ends with <|endoftext|> under a teacher that ends with
+    <|im_end|> pays for every stop: it unlearns stopping, and its responses grow to the limit.
+
+    OPD length inflation, arXiv:2609.20511: `semantic_class` of its code, for the sampled token; that dense losses and
+    entropies see the sum too is our reading. A student that is its own teacher is at rest, whatever each calls a stop.
+    """
+    ids: Tensor         # int64
+
+    def fold(self, logp_NV: Tensor) -> Tensor:
+        """log p': the sum in the place of the first id, no mass (-1e30, see `renormalised`) in those of the others."""
+        mass_N1 = logp_NV[:, self.ids].logsumexp(-1, keepdim=True)
+        return logp_NV.index_fill(1, self.ids, -1e30).index_copy(1, self.ids[:1], mass_N1)
+
+    def word(self, token_N: Tensor) -> Tensor:
+        return torch.where((token_N[:, None] == self.ids).any(1), self.ids[0], token_N)
+
 
 def on_shared(r: Rows) -> Rows:
-    """Both sides on the tokens that both vocabularies have, divided by their mass there: after this, any
-    divergence of the table compares them.  Strict 1:1 distillation, arXiv:2610.08448."""
+    """Rows that any divergence of the table can compare: with two vocabularies, both sides on the tokens that both
+    have, divided by their mass there (strict 1:1 distillation, arXiv:2610.08448); with OneStop, folded."""
+    if isinstance(r.shared, OneStop):
+        return r._replace(student_NV=r.shared.fold(r.student_NV), token_N=r.shared.word(r.token_N), shared=None,
+                          teacher_NV=None if r.teacher_NV is None else r.shared.fold(r.teacher_NV))
     student_id_K, teacher_id_K = r.shared
     place_V = torch.zeros(r.student_NV.shape[1], dtype=torch.int64, device=student_id_K.device)
     place_V[student_id_K] = torch.arange(len(student_id_K), device=student_id_K.device)

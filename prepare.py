@@ -21,7 +21,7 @@ from model import ModelConfig, Transformer, set_threads
 from support.held_out import Comparison
 from support.plan import announce, planned_device, print_plan, settle
 from support.problems import Problem, answered, load_problems
-from teacher import check_same_tokens
+from teacher import check_same_tokens, same_stops
 from tokenizer import Tokenizer, UserError
 from weights import checkpoint_folder, load_config, load_model
 
@@ -53,6 +53,7 @@ class Setup:
     reference: Transformer | None       # for advantages that compare with the initial student
     tokenizer: Tokenizer
     bridges: list[Bridge | None]        # per teacher: how it reads the student's text, if its tokenizer is another one
+    one_stop: tuple[int, ...]           # stop ids that are one word for student and teachers; () = every id is its own
     train: list[Problem]                # those of --data, then those of --mix_data
     first: int                          # how many of them come from --data
     held_out: list[Problem]
@@ -147,11 +148,10 @@ def solutions(cfg, train: list[Problem], why: str) -> list[str]:
     return [problem.solution for problem in train]
 
 
-def find_bridge(cfg, student: Tokenizer, folder: Path, stop_ids: tuple[int, ...] | None) -> Bridge | None:
-    """None when the teacher in `folder` reads the student's ids as they are."""
-    theirs = student if folder == student.folder else Tokenizer(folder, cfg.chat_template)
+def find_bridge(cfg, student: Tokenizer, theirs: Tokenizer) -> Bridge | None:
+    """None when a teacher with the tokenizer `theirs` reads the student's ids as they are."""
+    folder = theirs.folder
     if student.vocab() == theirs.vocab() and cfg.align == "auto":
-        check_same_tokens(student, theirs, stop_ids)
         return None
     if cfg.divergence in ("k2", "eopd") or cfg.weight == "tip":
         what = f"weight {cfg.weight}" if cfg.weight == "tip" else f"divergence {cfg.divergence}"
@@ -241,6 +241,7 @@ class Checkpoints:
     configs: list[ModelConfig]          # the student's, then each teacher's
     tokenizer: Tokenizer                # the student's
     bridges: list[Bridge | None]        # per teacher
+    one_stop: tuple[int, ...]           # same_stops
 
     @property
     def tokenizers(self) -> list[Tokenizer]:
@@ -263,13 +264,16 @@ def find_checkpoints(cfg) -> Checkpoints:
     stop_ids = parse_ids("stop_ids", cfg.stop_ids, tokenizer.vocab_size)
     parse_ids("skip_tokens", cfg.skip_tokens, tokenizer.vocab_size)
     tokenizer.stop_ids = stop_ids or tokenizer.stop_ids
-    bridges = [find_bridge(cfg, tokenizer, found, stop_ids)
-               for found in teachers.values() or [folder] * (cfg.teacher == "self")]
+    texts = [tokenizer if found == folder else Tokenizer(found, cfg.chat_template)
+             for found in teachers.values() or [folder] * (cfg.teacher == "self")]
+    bridges = [find_bridge(cfg, tokenizer, text) for text in texts]
+    one_stop = () if stop_ids else same_stops(tokenizer, texts, bridges)
     reference = None
     if needs(cfg, "reference"):
         reference = checkpoint_folder(cfg.reference, weights=not cfg.plan) if cfg.reference else folder
     folders = [folder, *teachers.values()]
-    found = Checkpoints(folder, teachers, reference, [load_config(one) for one in folders], tokenizer, bridges)
+    found = Checkpoints(folder, teachers, reference, [load_config(one) for one in folders], tokenizer, bridges,
+                        one_stop)
     check_vocabularies(folders, found.configs, [tokenizer, *found.tokenizers])
     return found
 
@@ -346,9 +350,10 @@ def load_all(cfg, found: Checkpoints, texts: Texts, device: torch.device, planne
             model.compile_layers()
     actor = student if dtype == torch.float32 else student.copy_as(dtype)
     return Setup(student, actor, models, texts.teacher_of, adapters_off, average, reference, found.tokenizer,
-                 found.bridges, texts.train, texts.first, texts.held_out, texts.prompts, texts.teacher_prompts,
-                 texts.given, texts.variables, texts.teacher_variables, cfg.chunk_rows, planned,
-                 texts.compared and Comparison(models, *texts.compared, found.bridges, cfg, adapters_off))
+                 found.bridges, found.one_stop, texts.train, texts.first, texts.held_out, texts.prompts,
+                 texts.teacher_prompts, texts.given, texts.variables, texts.teacher_variables, cfg.chunk_rows, planned,
+                 texts.compared and Comparison(models, *texts.compared, found.bridges, cfg, adapters_off,
+                                              found.one_stop))
 
 
 def set_up(cfg, stored: dict | None = None) -> tuple:
@@ -374,5 +379,5 @@ def set_up(cfg, stored: dict | None = None) -> tuple:
 def load_other(cfg, run: Setup) -> Transformer:
     """The model of --compare_teacher, checked like a teacher."""
     folder = checkpoint_folder(cfg.compare_teacher)
-    check_same_tokens(run.tokenizer, Tokenizer(folder, cfg.chat_template), run.tokenizer.stop_ids)
+    check_same_tokens(run.tokenizer, Tokenizer(folder, cfg.chat_template))
     return load_model(folder, dtype=run.student.compute_dtype, device=run.student.device).requires_grad_(False)

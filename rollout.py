@@ -29,12 +29,12 @@ from tqdm import tqdm
 import parallel
 from attention import KVCache
 from model import Transformer
+from sampler import one_event, prepacked, project, sample
 from support.errors import NotFinite, UserError
 
 PREFILL_TOKENS = 16_384     # prompt tokens per prefill pass: bounds its activations, whatever the number of slots
 CUDA_GRAPHS = True          # False: launch every kernel of every decode step
 LOOK_EVERY = 8, 1           # decode steps between two looks at what has ended: a look makes a GPU wait, a CPU not
-SAMPLE_ENTRIES = 2**26, 2**18       # logits per pass of the sampler, GPU and CPU: 256 MB; what stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -137,81 +137,6 @@ def from_responses(prompts: list[list[int]], responses: list[list[int]], finishe
     return assemble(prompts, texts, zeros, zeros, finished, device)
 
 
-def prepacked(head_VD: Tensor) -> Tensor | None:
-    """The head in the order in which a CPU's product of a few rows reads it; MKL would bring it there anew at every
-    step (151,936 words of width 256, 8 rows: 13 ms instead of 39; bfloat16 5 instead of 12). The operators are those by
-    which torch.compile freezes a weight. None where there are none: a GPU, float64, some processors."""
-    if head_VD.device.type != "cpu" or "AVX" not in torch.backends.cpu.get_cpu_capability():
-        return None
-    try:
-        return torch.ops.mkldnn._reorder_linear_weight(head_VD)
-    except (AttributeError, RuntimeError):
-        return None
-
-
-def project(hidden_BD: Tensor, head_VD: Tensor, packed: Tensor | None, out: Tensor) -> Tensor:
-    """Logits (B, V) = hidden . head. packed: the head prepacked(), for up to 32 rows; more are written to `out`, the
-    same memory every step, since on a CPU paging 10 MB in costs as much as a fifth of the product."""
-    if packed is not None and len(hidden_BD) <= 32:
-        return torch.ops.mkldnn._linear_pointwise(hidden_BD, packed, None, "none", [], "")
-    return torch.mm(hidden_BD, head_VD.T, out=out)
-
-
-def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One token per row: (token_B int64, its logp_B, entropy_B), the latter two float32 at `temperature`.
-
-    Exact inverse CDF of one uniform number in [0, 1) per row, in two levels: sums over blocks of about
-    sqrt(V) entries, then inside the one block that is hit. At 152k words this is many times cheaper than a
-    multinomial draw. temperature 0 = argmax, logp and entropy then at temperature 1.
-    """
-    V, scale = logits_BV.shape[1], 1 / (temperature or 1.0)
-    width = max(1, int(V ** 0.5))
-    mass_BK, top_B1, mean_B1 = block_masses(logits_BV, scale, width)
-    cdf_BK = mass_BK.cumsum(-1)
-    total_B1 = cdf_BK[:, -1:]
-    if temperature == 0:
-        token_B1 = logits_BV.argmax(-1, keepdim=True)
-    else:
-        target_B1 = uniform_B[:, None] * total_B1
-        block_B1 = first_above(cdf_BK, target_B1)
-        before_B1 = torch.where(block_B1 > 0, cdf_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-        id_BW = block_B1 * width + torch.arange(width, device=logits_BV.device)
-        x_BW = logits_BV.gather(1, id_BW.clamp(max=V - 1)).float() * scale - top_B1
-        inside_cdf_BW = x_BW.exp().masked_fill(id_BW >= V, 0.0).cumsum(-1)
-        # clamped: logits that are not numbers hit no entry; generate() finds them by their log-prob
-        token_B1 = (block_B1 * width + first_above(inside_cdf_BW, (target_B1 - before_B1).clamp(min=0))).clamp(max=V - 1)
-    logp_B1 = logits_BV.gather(1, token_B1).float() * scale - top_B1 - total_B1.log()
-    return token_B1.squeeze(1), logp_B1.squeeze(1), (total_B1.log() - mean_B1 / total_B1).squeeze(1)
-
-
-def block_masses(logits_BV: Tensor, scale: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """With x = scale * logits and p = exp(x - max x): (p summed over blocks of `width` entries, max x, the sum
-    of p (x - max x)), float32. A few rows at a time through the same two buffers: on a CPU they stay in cache,
-    and fresh memory would cost more than the arithmetic."""
-    B, V = logits_BV.shape
-    rows, whole = max(1, SAMPLE_ENTRIES[logits_BV.device.type == "cpu"] // V), V // width * width
-    scratch_2bV = torch.empty(2, min(rows, B), V, device=logits_BV.device)
-    parts = []
-    for logits_bV in logits_BV.split(rows):
-        x_bV, p_bV = scratch_2bV[:, :len(logits_bV)]
-        x_bV.copy_(logits_bV)
-        if scale != 1:
-            x_bV.mul_(scale)
-        top_b1 = x_bV.amax(-1, keepdim=True)
-        torch.exp(x_bV.sub_(top_b1), out=p_bV)
-        mass_bK = p_bV[:, :whole].unflatten(1, (-1, width)).sum(-1)
-        rest_b1 = p_bV[:, whole:].sum(-1, keepdim=True)
-        parts.append((torch.cat([mass_bK, rest_b1], 1), top_b1, x_bV.mul_(p_bV).sum(-1, keepdim=True)))
-    return tuple(torch.cat(part) for part in zip(*parts))
-
-
-def first_above(cdf_BK: Tensor, target_B1: Tensor) -> Tensor:
-    """Index of the first entry of each increasing row that exceeds the target. A target that rounding pushed
-    up to the row's total is taken just below it, so the entry hit always has a mass above zero."""
-    below_B1 = torch.nextafter(cdf_BK[:, -1:], torch.zeros_like(target_B1))
-    return torch.searchsorted(cdf_BK, torch.minimum(target_B1, below_B1), right=True)
-
-
 class Slots:
     """The live sequences of one generate() call. Slots 0 ... live-1 are busy; `request` says with what.
 
@@ -222,7 +147,7 @@ class Slots:
     """
 
     def __init__(self, model: Transformer, n_slots: int, capacity: int, limit: int, vocab_size: int,
-                 stop_ids: tuple[int, ...], temperature: float, compile: bool = False):
+                 stop_ids: tuple[int, ...], temperature: float, compile: bool = False, one_stop: bool = False):
         self.model, self.device, self.temperature = model, model.device, temperature
         self.forward = torch.compile(model.forward, dynamic=True) if compile else model     # prefill is never compiled
         self.cache = KVCache(model.config, n_slots, capacity, model.compute_dtype, self.device)
@@ -237,6 +162,7 @@ class Slots:
         self.stopped_S = zeros(n_slots, dtype=torch.bool)
         self.done_S = ~self.stopped_S           # of a free slot too
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self.device)
+        self.one_stop = one_stop and len(stop_ids) > 1
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}   # rows -> its step; None = ran once, not recorded
         self.request: list[int] = []            # host: request number of each live slot
         self.length: list[int] = []             # host: tokens in the cache of each live slot, or more if it has ended
@@ -286,6 +212,8 @@ class Slots:
         logits_BV = project(hidden_BD, self.head_VD, self.packed, self.logits_SV[:len(hidden_BD)])
         count_B1 = self.count_S[at, None]
         drawn = sample(logits_BV, self.temperature, self.uniform_ST[at].gather(1, count_B1).squeeze(1))
+        if self.one_stop:
+            drawn = one_event(drawn, logits_BV, self.stop_ids, self.temperature)
         for buffer_ST, value_B in zip((self.token_ST, self.logp_ST, self.entropy_ST), drawn):
             buffer_ST[at].scatter_(1, count_B1, value_B[:, None])
         self.last_S[at] = drawn[0]
@@ -358,7 +286,7 @@ class Slots:
 def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int | list[int],
              stop_ids: tuple[int, ...], temperature: float = 1.0, seed: int = 0, slots: int = 64,
              vocab_size: int | None = None, progress: str | None = None, compile: bool = False,
-             numbers: list[int] | None = None) -> Rollout:
+             numbers: list[int] | None = None, one_stop: bool = False) -> Rollout:
     """`samples` responses to each prompt; sequences i * samples ... belong to prompts[i].
 
     max_new_tokens   one limit, or one per prompt. A response ends with a stop token (kept) or at its limit.
@@ -367,6 +295,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
     progress         label of a progress bar; None = silent.
     compile          fuse the decode step with torch.compile (a C++ compiler is needed on a CPU). The first call of a
                      process takes half a minute more. Worth it where products are cheap beside the rest: bfloat16.
+    one_stop         the stop ids are one word: log-probs and entropies are said of all of them (losses.OneStop).
     numbers          of the prompts, which number the random streams; None = 0, 1, ... (parallel.py writes a part).
     Ensures  logp_BT[mask_BT] == log-softmax of a plain forward pass over the same sequences (float32: 1e-5).
     Errors   UserError for an empty prompt, and for prompt + limit beyond the model's context; NotFinite when a
@@ -387,7 +316,7 @@ def generate(model: Transformer, prompts: list[list[int]], *, samples: int = 1, 
     vocab_size = vocab_size or model.config.vocab_size
     n_slots = min(slots, len(prompt_of))
     pool = Slots(model, n_slots, max(len(p) + n for p, n in zip(prompts, limits)), max(limits), vocab_size, stop_ids,
-                 temperature, compile)
+                 temperature, compile, one_stop)
     queue, done = deque(range(len(prompt_of))), {}
     look_every = LOOK_EVERY[model.device.type == "cpu"]
     with tqdm(total=len(prompt_of), desc=progress, unit="seq", leave=False, disable=None if progress else True) as bar:

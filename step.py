@@ -106,7 +106,7 @@ def collect(cfg, run: Setup, step: int, written: dict[int, list]) -> tuple[Rollo
         return given([i for i, _, _ in texts], [ids for _, ids, _ in texts])
     rollout = generate(run.actor, [run.prompts[i] for i in chosen], samples=cfg.samples,
                        stop_ids=run.tokenizer.stop_ids, vocab_size=run.vocab_size, seed=cfg.seed * 2**32 + step,
-                       **sampling(cfg))
+                       one_stop=bool(run.one_stop), **sampling(cfg))
     return rollout, [i for i in chosen for _ in range(cfg.samples)], True
 
 
@@ -182,7 +182,8 @@ def read(cfg, run: Setup, models: list, rollout: Rollout, teacher_B: Tensor | No
     if teacher_B is None:
         teacher_B = torch.zeros(len(rollout.length_B), dtype=torch.int64, device=run.student.device)
     return score(models, rollout, teacher_B, vocab_size=run.vocab_size, temperature=cfg.temperature, prompts=prompts,
-                 max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, crossing=crossing, tokens_too=tokens_too)
+                 max_tokens=cfg.micro_batch_tokens, chunk_rows=run.chunk_rows, crossing=crossing, tokens_too=tokens_too,
+                 one_stop=run.one_stop)
 
 
 def cross(cfg, run: Setup, rollout: Rollout, on_policy: bool) -> Crossing | None:

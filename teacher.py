@@ -24,7 +24,7 @@ from torch import Tensor
 
 import parallel
 from diagnostics import diagnostics
-from losses import Rows, on_shared, upcast
+from losses import OneStop, Rows, on_shared, upcast
 from model import Transformer
 from rollout import Rollout
 from support.errors import NotFinite
@@ -42,7 +42,7 @@ class Part:
                             # row, or (another tokenizer) one that no single token of the teacher answers
     hidden_nE: Tensor       # teacher's compute dtype: the states that predict the tokens
     head_VE: Tensor         # (real vocabulary, E), same dtype: upcast(hidden @ head.T) are the logits
-    shared: tuple[Tensor, Tensor] | None = None     # another tokenizer: ids of the tokens both have (losses.Rows)
+    shared: tuple[Tensor, Tensor] | OneStop | None = None   # of losses.Rows
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def distributions(hidden_nE: Tensor, head_VE: Tensor, temperature: float, chunk_
 @torch.no_grad()
 def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, vocab_size: int, temperature: float,
           max_tokens: int, chunk_rows: int, prompts: list[list[int]] | None = None,
-          crossing: "Crossing | None" = None, tokens_too: bool = True) -> Scores:
+          crossing: "Crossing | None" = None, tokens_too: bool = True, one_stop: tuple[int, ...] = ()) -> Scores:
     """Every sequence b read by models[teacher_B[b]], `max_tokens` tokens at a time, heads `chunk_rows` rows
     at a time.
 
@@ -105,6 +105,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
     crossing   knows which teachers have another tokenizer, and scores for them; None = none has.
     tokens_too False: the hidden states are enough, no logp_N and entropy_N. A divergence projects them once more
                anyway, and over 151,936 words a projection costs more than a small teacher's layers.
+    one_stop   stop ids that are one word for student and teacher (losses.OneStop); () = every id is its own.
     vocab_size cuts padding rows off the heads: they stand for no token, and mass that leaks there would be
     lost to both sides (Qwen2.5: 151,936 rows for one size, 152,064 for another, 151,665 tokens).
     """
@@ -113,6 +114,7 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
     seen = rollout.with_prompts(prompts) if prompts else rollout
     token_N = rollout.rows(rollout.tokens_BT)
     sequence_N = rollout.sequence_N
+    shared = OneStop(torch.tensor(one_stop, device=device)) if one_stop else None
     dtype = torch.promote_types(models[0].compute_dtype, torch.float32)
     found = {name: torch.full((len(token_N),), torch.nan, dtype=dtype, device=device) for name in SIGNALS}
     parts = []
@@ -137,8 +139,9 @@ def score(models: list[Transformer], rollout: Rollout, teacher_B: Tensor, *, voc
         hidden_nE = states(model, seen, sequence_b, place_N, max_tokens)
         check_finite(model, hidden_nE)
         for at, logp_NV in distributions(hidden_nE, head_VE, temperature, chunk_rows) if tokens_too else ():
-            note(rows[at], told(logp_NV, token_N[rows[at]]))
-        parts.append(Part(sequence_b, place_N, hidden_nE, head_VE))
+            word_n = token_N[rows[at]]
+            note(rows[at], told(shared.fold(logp_NV), shared.word(word_n)) if shared else told(logp_NV, word_n))
+        parts.append(Part(sequence_b, place_N, hidden_nE, head_VE, shared))
     if not tokens_too:
         return Scores(**dict.fromkeys(SIGNALS), teacher_B=teacher_B, parts=parts)
     return Scores(**parallel.joined(found, parallel.owned(sequence_N)), teacher_B=teacher_B, parts=parts,
@@ -170,18 +173,38 @@ def update_average(average: Transformer, student: Transformer, decay: float) -> 
         parameter.lerp_(parallel.like(weights[name], parameter).to(parameter.dtype), 1 - decay)
 
 
-def check_same_tokens(student: Tokenizer, teacher: Tokenizer, stop_ids: tuple[int, ...] | None) -> None:
-    """UserError unless both read the same ids the same way and end their turns with the same ones. A base
-    student under an instruct teacher with another stop token never learns to stop: its responses grow to the
-    limit."""
+def stops_of_all(student: Tokenizer, teachers: list[Tokenizer]) -> tuple[int, ...]:
+    """The stop ids of either side, the student's first, when teachers with its vocabulary end their turns with others
+    (losses.OneStop); () when all agree."""
+    sets = [dict.fromkeys(side.stop_ids) for side in (student, *teachers)]
+    if all(ids.keys() == sets[0].keys() for ids in sets):
+        return ()
+    return tuple(dict.fromkeys(i for ids in sets for i in ids))
+
+
+def same_stops(student: Tokenizer, teachers: list[Tokenizer], bridges: list) -> tuple[int, ...]:
+    """stops_of_all of the teachers that read the student's ids (no bridge). When there are any, the student ends its
+    responses at each of them, and so does the model that is saved."""
+    teachers = [teacher for teacher, bridge in zip(teachers, bridges) if not bridge]
+    ids = stops_of_all(student, teachers)
+    if not ids:
+        return ()
+    theirs = next(teacher.stop_ids for teacher in teachers if set(teacher.stop_ids) != set(student.stop_ids))
+    said = f"the student stops at ids {list(student.stop_ids)}, a teacher at {list(theirs)}"
+    if any(bridges):
+        raise UserError(f"{said}, and another teacher has another tokenizer; pass --stop_ids "
+                        f"{','.join(map(str, theirs))} to train the student on the first one's")
+    print(f"stop    {said}: one event here, and responses end at each of {list(ids)}, those of the saved model too "
+          f"(--stop_ids chooses others)")
+    student.stop_ids = ids
+    return ids
+
+
+def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
+    """UserError unless both read the same ids the same way."""
     mine, theirs = student.vocab(), teacher.vocab()
     if mine != theirs:
         odd = sorted(set(mine.items()) ^ set(theirs.items()), key=lambda item: item[1])[0]
         raise UserError(f"student and teacher have different vocabularies ({len(mine)} and {len(theirs)} tokens; "
                         f"the first difference is {odd[0]!r} = id {odd[1]}); choose a teacher with the "
                         f"student's tokenizer")
-    if stop_ids is None and set(student.stop_ids) != set(teacher.stop_ids):
-        raise UserError(f"the student stops at ids {list(student.stop_ids)}, the teacher at "
-                        f"{list(teacher.stop_ids)}; "
-                        f"pass --stop_ids {','.join(map(str, teacher.stop_ids))} to train the student on the "
-                        f"teacher's")

@@ -18,7 +18,7 @@ import parallel
 from checkpoint import trainable
 from credit import Signals
 from diagnostics import DIAGNOSTIC_K, diagnostics, summarise
-from losses import DIVERGENCES, MIXTURES, TWO_VOCABULARIES, LossArgs, Rows, on_shared, top_ids, upcast
+from losses import DIVERGENCES, MIXTURES, TWO_VOCABULARIES, LossArgs, OneStop, Rows, on_shared, top_ids, upcast
 from memory import rows_at_once
 from model import Transformer
 from rollout import Rollout
@@ -70,6 +70,8 @@ def few_rows(logits_NV: Tensor, teacher_NV: Tensor | None, fields: dict, scale_N
     rows = Rows(upcast(logits_NV).log_softmax(-1), shared=shared, **fields,
                 teacher_NV=None if teacher_NV is None else upcast(teacher_NV).log_softmax(-1))
     compared = rows if shared is None else on_shared(rows)
+    if isinstance(shared, OneStop):     # no loss asks which stop token it was
+        rows = compared
     loss_N = divergence(rows if divergence in TWO_VOCABULARIES else compared, args)
     found = {}
     with torch.no_grad():
@@ -126,7 +128,7 @@ def chunked_backward(hidden_ND: Tensor, head_VD: Tensor, head_grad_VD: Tensor | 
     head_VD        student head cut to the real vocabulary, in the dtype of hidden_ND; no gradient of its own.
     head_grad_VD   where its gradient is added (None: the head is frozen).
     batch          the (N,) fields of Rows: token_N, behavior_N, advantage_N ...
-    shared         of Rows; None when both sides have one vocabulary.
+    shared         of Rows; None when both sides have one vocabulary and the same stop tokens.
     scale_N        weight of each row over the denominator of the whole optimizer step, counted before the
                    first micro-batch.
     compile        fuse what stands between the products (torch.compile).

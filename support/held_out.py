@@ -16,7 +16,7 @@ from model import Transformer
 from rollout import from_responses
 from support.errors import UserError
 from support.problems import Problem
-from teacher import disagreement, score
+from teacher import disagreement, score, stops_of_all
 from tokenizer import Tokenizer
 from weights import checkpoint_folder, load_model
 
@@ -36,6 +36,7 @@ class Comparison:
     bridges: "list[Bridge | None]"          # per teacher: how it reads the student's text, if its tokenizer is another
     args: "AcrossArgs | None" = None        # of the bridges
     adapters_off: bool = False              # the teacher is the student without its adapters
+    one_stop: tuple[int, ...] = ()          # stop ids that are one word for both (losses.OneStop)
 
 
 @torch.no_grad()
@@ -44,7 +45,8 @@ def distance(samples: list[dict], student: Transformer, c: Comparison, *, vocab_
     """{"reverse_kl": KL(student || teacher), "forward_kl": KL(teacher || student)} in nats per token: means over all
     tokens of eval.evaluate's samples. None when no token could be compared."""
     sums, rows = dict.fromkeys(("reverse_kl", "forward_kl"), 0.0), 0
-    sizes = dict(vocab_size=vocab_size, temperature=temperature, max_tokens=max_tokens, chunk_rows=chunk_rows)
+    sizes = dict(vocab_size=vocab_size, temperature=temperature, max_tokens=max_tokens, chunk_rows=chunk_rows,
+                 one_stop=c.one_stop)
     for group in groups(samples):
         asked = [sample["problem"] for sample in group]
         rollout = from_responses([sample["prompt_tokens"] for sample in group], [s["tokens"] for s in group],
@@ -83,11 +85,12 @@ def compare_with(name: str, student: Tokenizer, problems: list[Problem], *, chat
     """The teacher of `eval.py --teacher`, loaded and checked."""
     folder = checkpoint_folder(name)
     theirs, bridge, prompts, args = Tokenizer(folder, chat_template), None, None, None
+    one_stop = stops_of_all(student, [theirs])
     if theirs.vocab() != student.vocab():
         from across import AcrossArgs
         from align import Bridge
         theirs = theirs if chat_template == "auto" else Tokenizer(folder)   # the student's template is not for it
-        bridge, args = Bridge(student, theirs), AcrossArgs()
+        bridge, args, one_stop = Bridge(student, theirs), AcrossArgs(), ()
         prompts = [theirs.prompt_ids(problem.prompt, **variables) for problem in problems]
     model = load_model(folder, dtype=dtype, device=device)
     model.title = "the teacher"
@@ -99,4 +102,4 @@ def compare_with(name: str, student: Tokenizer, problems: list[Problem], *, chat
         if size + max_new_tokens > model.config.context:
             raise UserError(f"the prompt on line {problem.line} has {size} tokens; with max_new_tokens "
                             f"{max_new_tokens} it does not fit the context of {model.config.context} of {name}")
-    return Comparison([model], [0] * len(problems), prompts, [bridge], args)
+    return Comparison([model], [0] * len(problems), prompts, [bridge], args, one_stop=one_stop)

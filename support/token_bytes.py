@@ -54,7 +54,8 @@ def layout(backend: Backend) -> dict:
             setattr(around, part, getattr(backend, part))
     spec, kind = json.loads(around.to_str()), type(backend.model).__name__
     if kind == "BPE":
-        spec["model"] |= {key: getattr(backend.model, key) for key in spec["model"].keys() - {"type", "vocab", "merges"}}
+        keys = spec["model"].keys() - {"type", "vocab", "merges"}
+        spec["model"] |= {key: getattr(backend.model, key) for key in keys}
     else:       # the library does not say how other models are set up
         spec["model"] = json.loads(backend.to_str())["model"]
     return spec

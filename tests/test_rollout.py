@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rollout as rollout_file
+import sampler
 from model import ModelConfig, Transformer
 from rollout import assemble, from_responses, generate, sample
 from tokenizer import UserError
@@ -292,7 +293,7 @@ def test_passes_of_the_sampler_change_no_draw(temperature, monkeypatch):
     logits, uniform = 4 * torch.randn(9, 300, generator=rng), torch.rand(9, generator=rng)
     drawn = []
     for entries in (2**20, 1, 4 * 300):
-        monkeypatch.setattr(rollout_file, "SAMPLE_ENTRIES", (entries, entries))
+        monkeypatch.setattr(sampler, "SAMPLE_ENTRIES", (entries, entries))
         drawn.append(sample(logits, temperature, uniform))
     assert all(torch.equal(a, b) for other in drawn[1:] for a, b in zip(drawn[0], other))
 
