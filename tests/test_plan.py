@@ -125,8 +125,8 @@ def test_a_memory_that_is_none_is_one_sentence(text, command, capsys):
 
 def test_memories_are_read_with_their_units():
     """fails if: decimal and binary units are mixed up."""
-    assert [plan.parse_memory(text) for text in ("24GiB", "80 GB", "1.5gib", "512MiB", "1TB")] == [
-        24 * GIB, 80 * 10**9, 3 * GIB // 2, 2**29, 10**12]
+    assert [plan.parse_memory(text) for text in ("24GiB", "80 GB", "1.5gib", "512MiB", "300MB", "1TB")] == [
+        24 * GIB, 80 * 10**9, 3 * GIB // 2, 2**29, 3 * 10**8, 10**12]
 
 
 def test_a_device_that_is_not_here_must_be_given_its_memory(no_device, command, capsys):
@@ -275,6 +275,8 @@ def test_flags_that_keep_the_run_are_tried_first(job):
         flags, need = plan.way_to_fit(cfg, job(size))
         assert flags == {"lora_rank": 16, "gradient_checkpointing": True, **more}
         assert need == memory.peak(memory.memory_plan(replace(cfg, **flags), job())) <= size * GIB
+    many = replace(cfg, slots=256)      # half of the tokens saves more than recomputing at first, and nothing in the end
+    assert plan.way_to_fit(many, job(16.5))[0] == {"slots": 50, "lora_rank": 16, "gradient_checkpointing": True}
     assert plan.way_to_fit(cfg, job(2)) == ({}, 0) and "take smaller models" in plan.way_text(cfg, job(2))
 
 
