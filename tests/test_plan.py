@@ -275,7 +275,7 @@ def test_flags_that_keep_the_run_are_tried_first(job):
         flags, need = plan.way_to_fit(cfg, job(size))
         assert flags == {"lora_rank": 16, "gradient_checkpointing": True, **more}
         assert need == memory.peak(memory.memory_plan(replace(cfg, **flags), job())) <= size * GIB
-    many = replace(cfg, slots=256)      # half of the tokens saves more than recomputing at first, and nothing in the end
+    many = replace(cfg, slots=256)      # half of the tokens saves most at first, and nothing in the end
     assert plan.way_to_fit(many, job(16.5))[0] == {"slots": 50, "lora_rank": 16, "gradient_checkpointing": True}
     assert plan.way_to_fit(cfg, job(2)) == ({}, 0) and "take smaller models" in plan.way_text(cfg, job(2))
 
