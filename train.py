@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from checkpoint import RunFolder, run_path, trainable
+from checkpoint import RunFolder, run_path, started, trainable
 from config import NOT_THE_RUN, Config, check, parse, run_name
 from eval import better, change, evaluate, headline, judged_by, metrics_of
 from memory import give_back_freed_memory, size_text, used_memory
@@ -33,6 +34,8 @@ from report import check_tokenizers, report, self_check
 from step import Clock, teacher_responses, train_step, warm_up
 from support.errors import NotFinite, UserError, one_line
 from support.held_out import distance
+from support.plan import chosen
+from tokenizer import Tokenizer
 
 
 # nats per token between the log-probs of sampler and trainer that rounding explains
@@ -326,10 +329,15 @@ def main(argv: list[str] | None = None) -> int:
         give_back_freed_memory()
         memory_before = used_memory(torch.device("cpu"))
         torch.manual_seed(cfg.seed)     # nothing draws from the global stream; if a fork does, it is at least fixed
-        cfg, run = set_up(cfg)
+        stored = {} if cfg.fresh or look_only else started(path)
+        # a template that prints the date prints that of the run's first start, on whatever day it goes on
+        Tokenizer.started = datetime.fromisoformat(stored["date"]) if stored.get("date") else datetime.now()
+        cfg, run = set_up(cfg, stored)
         if cfg.report_only:
             return report(cfg, run)
-        return train(cfg, parallel.run_folder(RunFolder, path, lasting, cfg.fresh), run, memory_before)
+        folder = parallel.run_folder(RunFolder, path, lasting, cfg.fresh)
+        folder.note_start({"date": Tokenizer.started.isoformat(), "torch": torch.__version__, **chosen(cfg)})
+        return train(cfg, folder, run, memory_before)
     except NotFinite as error:
         parallel.complain(f"error: {one_line(error)}; {advice(str(error), cfg, path)}")
         return 2
