@@ -1,8 +1,6 @@
-"""Layouts of published tokenizer.json files beyond those of test_align_pairs.py, and how long a bridge takes."""
+"""Layouts of published tokenizer.json files beyond those of test_align_pairs.py."""
 import json
-import random
 import sys
-import time
 from pathlib import Path
 
 import pytest

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHARACTERS, END
+from test_across import checkpoint
 from test_teachers import adamw, close, jsonl, predictions, ready
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -288,3 +289,30 @@ def test_the_distance_on_held_out_problems_is_that_of_the_smaller_vocabulary(apa
     scores = read(cfg, run, run.teachers, rollout)
     close(disagreement(read(cfg, run, [run.student], rollout), scores, temperature=1.0, chunk_rows=5)["reverse_kl"].mean(),
           wanted)
+
+
+@pytest.mark.parametrize("divergence", ["policy_gradient", "reverse_kl"])
+def test_a_student_learns_when_to_stop_from_a_teacher_that_says_it_in_another_token(command, tmp_path, divergence):
+    """A model of four words that looks up the last one: half of the teacher's words end a response, by <|eot|>; of the
+    student's, which knows <|end|>, 30 %. fails if: the student is not taught to stop as often as its teacher. Held
+    against each other id by id, as --stop_ids asks, the two unlearn it: that is what the sum is for."""
+    tables = {"ends": [0.35, 0.35, 0.25, 0.05], "turns": [0.3, 0.2, 0.01, 0.49]}
+    for seed, (name, stop) in enumerate(zip(tables, ("<|end|>", "<|eot|>"))):
+        checkpoint(tmp_path / name, seed, "ab", (), ("<|end|>", "<|eot|>"), [stop], model_type="llama", vocab_size=4,
+                   hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    data, told = jsonl(tmp_path / "ab.jsonl", [dict(problem="b", answer="a")]), {}
+    for stop_ids in ("", "2"):
+        cfg, run = ready(command, student=tmp_path / "ends", teacher=tmp_path / "turns", data=data, eval_data=data,
+                         problems=1, samples=64, max_new_tokens=20, lr=0.05, divergence=divergence, stop_ids=stop_ids)
+        for model, table in zip((run.student, run.teachers[0]), tables.values()):
+            with torch.no_grad():
+                weights = dict(model.named_parameters())
+                for name, weight in weights.items():
+                    weight.fill_(1.0 if "norm" in name else 0.0)
+                weights["model.embed_tokens.weight"][:, :4].copy_(torch.eye(4))
+                weights["lm_head.weight"][:, :4].copy_(torch.tensor([table] * 4).log().T / 8 ** 0.5)
+        optimizer = adamw(cfg, run)
+        records = [train_step(cfg, run, optimizer, step, {}, Clock()) for step in range(40)]
+        told[stop_ids] = records[0]["mean_length"], records[-1]["mean_length"], records[-1]["truncation_rate"]
+    assert told[""][0] > 3 and told[""][1] == pytest.approx(2, abs=0.6) and told[""][2] == 0
+    assert told["2"][1] > 12 and told["2"][2] > 0.3, told
