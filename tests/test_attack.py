@@ -14,7 +14,8 @@ SHARES = {"kills": 12, "disks": 12, "inputs": 70, "numbers": 24}      # title of
 def sample():
     """What run_all.py prints, one process for all: importing torch takes longer than ten attacks."""
     sizes = [f"--{title}={count}" for title, count in SHARES.items()]
-    return subprocess.run([sys.executable, ATTACK / "run_all.py", *sizes], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, ATTACK / "run_all.py", *sizes], capture_output=True, text=True, timeout=300,
+                          errors="replace")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the attacks watch Linux's file system calls")

@@ -359,9 +359,9 @@ class Tally:
         self.done += 1
         self.failures[kind] += 1
         last = "\n".join(f"      | {line[:300]}" for line in text.strip().splitlines()[-4:])
-        print(f"{kind.upper():9s} {setting} {index}: {what}\n{last}\n"
-              f"      again: python tests/attack/{self.script} --kind {setting} --seed {args.seed} --index {index}",
-              flush=True)
+        told = (f"{kind.upper():9s} {setting} {index}: {what}\n{last}\n"
+                f"      again: python tests/attack/{self.script} --kind {setting} --seed {args.seed} --index {index}")
+        print(told.encode(errors="backslashreplace").decode(), flush=True)
 
     def close(self, wanted: int) -> int:
         counts = ", ".join(f"{number:,} {kind}" for kind, number in self.failures.items())

@@ -143,7 +143,7 @@ class Setting:
         if index % 5 == 3:
             return dict(size=rng.choice((rng.randint(1, 400), rng.randint(1, 20000))), victim=victim)
         turn = index // 5 * 3 + index % 5       # 7919 is a prime: so many turns pass through all changes
-        return dict(at=1 + turn * 7919 % self.events, victim=victim)
+        return dict(at=1 + (self.events // 2 + turn * 7919) % self.events, victim=victim)
 
 
 def torchrun(argv: list[str], at: int, seconds: float, victim: int, place: Path) -> Ended:

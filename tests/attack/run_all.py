@@ -1,6 +1,6 @@
 """All attacks, one after the other. Exit status 1 if any of them found something.
 
-    python tests/attack/run_all.py                  full sizes: 1,000 kills, 100 more under the real torchrun, 600 disks,
+    python tests/attack/run_all.py                  full sizes: 1,000 kills, 100 more under real torchrun, 600 disks,
                                                     10,000 inputs, 1,000 numbers; about two hours on one core
     python tests/attack/run_all.py --share 0.01     a hundredth of each, a minute
 
