@@ -248,6 +248,8 @@ def gradings(count: int, seed: int):
         prose = kind in BOTH and rng.random() < 0.5
         style, pattern = rng.choice(list((PROSE if prose else MATH).items()))
         answer = rng.choice(wrong) if rng.random() < 0.35 else rng.choice(plain if prose else latex)
+        if not prose and "$" in answer.replace("\\$", "") and pattern != MATH["box alone"]:    # a $ would end the mathematics
+            continue
         if (truth, pattern, answer) not in seen:
             seen.add((truth, pattern, answer))
             made += 1
@@ -267,10 +269,10 @@ def main() -> int:
         return 2
     logging.disable(logging.CRITICAL)           # it warns of every time limit
     rows = list(gradings(args.count, args.seed))
-    start = time.perf_counter()
+    start = time.process_time()
     ours = [grade(text, truth) for _, _, truth, text in rows]
-    spent = time.perf_counter() - start
-    table, start = {}, time.perf_counter()
+    spent = time.process_time() - start
+    table, start = {}, time.process_time()
     for (kind, style, truth, text), right in zip(rows, ours):
         read = parse(text)
         theirs = bool(verify(parse(f"\\boxed{{{truth}}}"), read))
@@ -289,7 +291,7 @@ def main() -> int:
     every = table["all"]
     missed = every["theirs only"] / max(every["theirs only"] + every["both right"], 1)
     print(f"\n{args.count} gradings, seed {args.seed}: {every['ours only']} right here alone, {missed:.2%} of what math-verify calls "
-          f"right missed; {spent / args.count * 1e6:.0f} us a grading here, {(time.perf_counter() - start) / args.count * 1e6:.0f} there")
+          f"right missed; {spent / args.count * 1e6:.0f} us a grading here, {(time.process_time() - start) / args.count * 1e6:.0f} there")
     return int(every["ours only"] > 0 or missed > 0.03)
 
 
