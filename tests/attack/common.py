@@ -185,6 +185,7 @@ class Child:
     @staticmethod
     def become(pipe, inside, environment, memory, file_size):
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ |= environment | {"TMPDIR": str(inside), "HOME": str(inside)}
         tempfile.tempdir = None
         os.chdir(inside)
@@ -288,6 +289,7 @@ def warm(world: Path, *commands: list[str]) -> None:
 def worlds(keep: bool):
     """A folder for everything, with the tiny world in it; in memory where there is room: no test can pull the plug."""
     memory = "/dev/shm"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that the folder goes
     base = Path(tempfile.mkdtemp(prefix="attack-", dir=memory if os.access(memory, os.W_OK) else None))
     try:
         made = run(lambda: write_world(base), base)
