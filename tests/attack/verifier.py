@@ -37,6 +37,24 @@ PROSE = {       # styles for numbers and words as people write them
     "alone": "%s", "line": "3 * 4 = 12\n12 + 5 = 17\nSo we are left with\n%s", "equals": "12 - 3 - 4 = %s",
     "answer more": "The answer is %s, because 3 of them were lost.", "final": "**Final answer:** %s",
     "exclaimed": "Together they have %s!", "x equals": "Hence x = %s."}
+# A second list: other texts, units, words and letters (--held_out).
+HELD_OUT_MATH = {
+    "solution": "Let $x$ be the number of pears. Then $2x + 3 = 17$, so $x = 7$.\n\nThus the final answer is $\\boxed{%s}$.",
+    "thinking": "<think>\nMaybe \\boxed{31}? No: 4 * 8 = 32.\n</think>\n\n**Answer:** \\(\\boxed{%s}\\)",
+    "aligned": "$$\\begin{aligned} a &= 2 + 3 \\\\ b &= 5 \\end{aligned}$$ Therefore, $$\\boxed{%s}.$$",
+    "short": "$\\boxed{%s}$", "wide box": "\\[\n\\boxed{ %s }\n\\]", "bold box": "**Final Answer**\n\n$\\boxed{%s}$",
+    "numbered": "1. Add $3$ and $4$.\n2. Double it.\n3. The result is $%s$.", "colon": "Answer: $%s$", "tight display": "\\[%s\\]",
+    "claim": "Since $17 > 12$, the value we look for is \\(%s\\), as claimed.",
+    "then more": "The correct answer is $%s$. Note that $2 + 2 = 4$ in any case."}
+HELD_OUT_PROSE = {
+    "so": "First there were 24, then 7 went away. So there are %s", "answer colon bold": "**Answer:** %s", "comma": "In the end, %s, as 9 > 8.",
+    "hash last": "5 + 6 = <<5+6=11>>11 eggs.\nTwice that is 22.\n#### %s", "heading": "### Answer\n%s", "equation": "8 x 4 = %s",
+    "answer would be": "The answer would be %s if 5 were left.", "final answer is": "The final answer is %s.", "list": "- 4 cats\n- 6 dogs\n\nTotal: %s",
+    "must": "Then Tom must have paid %s in total.", "therefore": "Therefore, the total is **%s**.", "sum": "24 - 7 = 17\n17 + 3 = %s"}
+HELD_OUT = dict(UNITS=["mm", "yards", "liters", "seconds", "days", "cents", "gallons", "students", "miles", "ounces", "people", "m/s", "weeks"],
+                WORDS=["Friday", "red", "odd", "Carlos", "rectangle", "undefined", "None", "convergent", "not possible", "Jane", "isosceles"],
+                VARIABLES=["y", "t", "k", r"\alpha", "B", "g(x)", "a_n", r"\text{Total}", "CD", r"x_{1}"])
+
 UNITS = ["cm", "m", "km", "kg", "degrees", "mph", "feet", "hours", "minutes", "dollars", "square units", "inches", "apples", "books"]
 WORDS = ["Monday", "Yes", "no", "blue", "Alice", "right triangle", "No solution", "even", "True", "infinitely many"]
 VARIABLES = ["x", "y", "n", r"\theta", "A", "f(x)", "x_1", r"\text{Area}", "AB"]
@@ -248,7 +266,7 @@ def gradings(count: int, seed: int):
         prose = kind in BOTH and rng.random() < 0.5
         style, pattern = rng.choice(list((PROSE if prose else MATH).items()))
         answer = rng.choice(wrong) if rng.random() < 0.35 else rng.choice(plain if prose else latex)
-        if not prose and "$" in answer.replace("\\$", "") and pattern != MATH["box alone"]:    # a $ would end the mathematics
+        if not prose and "$" in answer.replace("\\$", "") and pattern != r"\boxed{%s}":    # a $ would end the mathematics
             continue
         if (truth, pattern, answer) not in seen:
             seen.add((truth, pattern, answer))
@@ -260,6 +278,7 @@ def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--count", type=int, default=6000)
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--held_out", action="store_true", help="other texts, units, words and letters")
     flags.add_argument("--misses", action="store_true", help="print every grading that math-verify calls right and we do not")
     args = flags.parse_args()
     try:
@@ -267,6 +286,8 @@ def main() -> int:
     except ImportError:
         print('error: this compares with math-verify: pip install "math-verify[antlr4_13_2]==0.9.*"', file=sys.stderr)
         return 2
+    if args.held_out:
+        globals().update(HELD_OUT, MATH=HELD_OUT_MATH, PROSE=HELD_OUT_PROSE)
     logging.disable(logging.CRITICAL)           # it warns of every time limit
     rows = list(gradings(args.count, args.seed))
     start = time.process_time()
