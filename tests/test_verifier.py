@@ -1,5 +1,6 @@
 """What support/verifier.py promises: the answer is found where it stands, and only right answers are right."""
 import itertools
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -178,6 +179,8 @@ GRADE = [       # text, answer, verifier -> verdict
     ("\\boxed{4.6\\times10^2}", "460", "auto", False),       # 459.99999999999994 in floating point, so wrong to math-verify
     ("\\boxed{4.6\\times10^2}", "4.6 \\cdot 10^{2}", "auto", True),
     ("\\boxed{1.2\\times10^3}", "1200", "auto", True),
+    ("\\boxed{2t+3}", "3+2t", "auto", False),               # there the last t is a unit, tons
+    ("\\boxed{2x+3}", "3+2x", "auto", True),
     ("it is 50%", "50", "number", True),
     ("it is 50", "50%", "number", True),
     ("\\boxed{4} or 5", "5", "number", True),
@@ -227,6 +230,14 @@ def test_grading_time_is_linear_in_the_text():
         ev.grade(text, "1/3")
         ev.grade(text, text)
     assert time.process_time() - start < 8           # about 2 s; one quadratic case takes much longer
+
+
+def test_auto_is_right_only_where_math_verify_is():
+    """fails if: 3 1/2 is read as 7/2 or as 1/2 (a `raise Unread` of Reader.factors dropped)"""
+    pytest.importorskip("math_verify", reason="pip install math-verify")
+    attack = Path(__file__).parent / "attack" / "verifier.py"
+    ended = subprocess.run([sys.executable, attack, "--count", "300"], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0 and " 0 right here alone" in ended.stdout, ended.stdout + ended.stderr
 
 
 def test_unknown_verifier_is_refused():
