@@ -1,353 +1,228 @@
 """On-policy distillation: the student writes, the teacher scores every token, the student moves.
 
     python train.py                                   # the toy pair in toy/: about a minute on two CPU cores
-    python train.py --recipe gkd --lr 1e-4            # another method, another flag
+    python train.py --recipe fire --lr 1e-4           # another method, another flag
     python train.py --help                            # every flag and what it means
 
-    repeat:  problems -> rollout (student) -> scores (teacher) -> advantage, weight -> loss -> one optimizer
-             step
+The loop, and the file that holds each part of it:
 
-A recipe is a row of overrides (config.py), and any flag after it overrides the recipe. The run lands in
-runs/NAME; the same command again goes on where it was stopped. Nothing imports this file.
+    problems ──► rollout.generate(student) ──► Rollout ──► teacher.parts ──► hidden states, signals ──┐
+                                                  │                                                   ▼
+                                   verifier ── reward_B ──► losses: advantage_N, weight_N   (whole step, no gradient)
+                                                                                                      │
+    micro-batch: model.read ──► losses: Rows ──► loss_N ──► sum_n scale_n loss_n ──► backward ──► optimizer
+
+What a step does depends on (seed, step) alone, so a resumed run takes the same steps. A recipe is a row of flags; any
+flag given beside it overrides it. The run is written to runs/NAME, and the same command again goes on where it stopped.
+What some runs ask for (another tokenizer, self-distillation, given responses, LoRA, several processes, faster ways) is
+in extras/ and attaches itself to the Run; without that folder this file trains as it stands.
 """
-import os
-import re
-import signal
+import math
 import sys
-import time
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-import parallel
-from checkpoint import RunFolder, run_path, started, trainable
-from config import NOT_THE_RUN, Config, check, parse, run_name
-from eval import better, change, evaluate, headline, judged_by, metrics_of
-from memory import give_back_freed_memory, size_text, used_memory
-from prepare import Setup, parse_teachers, set_up
-from report import check_tokenizers, report, self_check
-from step import Clock, teacher_responses, train_step, warm_up
-from support.errors import NotFinite, UserError, one_line
-from support.held_out import distance
-from support.plan import chosen
-from tokenizer import Tokenizer
+import losses
+from eval import test, test_teacher
+from losses import ADVANTAGES, DIVERGENCES, USES_ADVANTAGE, WEIGHTS, Signals, row_scale, supervised
+from rollout import generate
+from support.checkpoint import RunFolder
+from support.errors import UserError
+from support.extras import load_extras
+from support.flags import gather, recipe
+from support.metrics import summarise, token_metrics
+from support.report import Clock, Report
+from support.settings import HELP, Core
+from support.setup import Run
+from support.start import graceful_stop, start
+from teacher import SIGNALS, Batch, Part
+
+# Recipes: a row of flags for each paper. What a flag means: support/settings.py and, for the loss, losses.py
+
+PG, GROUPS = dict(divergence="policy_gradient"), dict(problems=8, samples=8)    # GROUPS: several responses per problem
+
+RECIPES = {
+    "opd": recipe("full-vocabulary reverse KL on the student's samples (MiniLLM, GKD, Thinking Machines)"),
+    "topk": recipe("reverse KL on the student's top 16, code form (2604.13016)", divergence="topk_reverse_kl"),
+    "lsm": recipe("reverse KL on the teacher's top k, both sides renormalised (2603.25562)", support="teacher",
+                  divergence="topk_reverse_kl", topk_form="renormalised"),
+    "eopd": recipe("forward KL where the teacher is unsure (2603.07079)", divergence="eopd", advantage="opd"),
+    "minillm": recipe("sampled policy gradient with return-to-go (2306.08543)", advantage="opd", discount=1.0, **PG),
+    "fire": recipe("drop unlikely responses, then reweight tokens (FiRe-OPD 2606.02684)", weight="fire",
+                   reduction="sequence", **PG),
+    "tip": recipe("the tokens that matter (TIP 2604.14084)", divergence="reverse_kl", weight="tip"),
+    "reopold": recipe("floored log-ratio, two phases (2603.11137)", advantage="reopold", weight="reopold", **PG),
+    "grpo": recipe("verifier reward, no teacher (2402.03300)", advantage="grpo", teacher="none", **PG, **GROUPS),
+    "opdvr": recipe("teacher where the verifier agrees (2608.24696)", advantage="opdvr", **PG, **GROUPS),
+    "kdrl": recipe("GRPO plus a little OPD (2506.02208)", advantage="kdrl", **PG, **GROUPS),
+    "uni": recipe("outcome-guided margin (Uni-OPD 2605.03677)", advantage="uni", **PG, **GROUPS),
+    "scope": recipe("imitate right responses, distil wrong ones (2604.10688)", advantage="scope", **PG, **GROUPS),
+}
+
+SETTINGS = gather(Core, RECIPES, HELP, load_extras())   # with what extras/__init__.py lists, where that folder is there
+Config = SETTINGS.config
 
 
-# nats per token between the log-probs of sampler and trainer that rounding explains
-SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+# One step
 
-# what a run counts, as it begins
-START = {"step": 0, "best_step": 0, "seconds": 0.0, "tokens": 0, "phases": {}, "skipped": 0, "skipped_in_a_row": 0,
-         "empty": 0, "sampler_gap": 0.0}
-
-
-def test_teachers(cfg: Config, run: Setup) -> dict | None:
-    """Held-out metrics of the teacher; of several, each on the problems routed to it (None: no problem names
-    one)."""
-    if len(run.teachers) == 1:
-        return test(cfg, run, run.teachers[0], "teacher", run.bridges[0])[0]
-    samples: list[dict] = []
-    for tag, model, bridge in zip(parse_teachers(cfg), run.teachers, run.bridges):
-        part = replace(run, held_out=[p for p in run.held_out if p.fields.get(cfg.route) == tag])
-        if part.held_out:
-            samples += test(cfg, part, model, f"teacher {tag}", bridge)[1]
-    return metrics_of(samples, cfg.eval_k, cfg.verifier) if samples else None
+def pick(total: int, places: range, seed: int) -> list[int]:
+    """The problems at these places of an endless list: every epoch is a new permutation of all of them."""
+    orders = {epoch: np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(total)
+              for epoch in {place // total for place in places}}
+    return [int(orders[place // total][place % total]) for place in places]
 
 
-def step_line(step: int, cfg: Config, m: dict) -> str:
-    """The one line of a step; undefined numbers are left out."""
-    shown = [("loss", "loss", "7.4f"), ("kl", "reverse_kl", "6.3f"), ("right", "reward", "4.0%"),
-             ("length", "mean_length", "5.1f"), ("cut", "truncation_rate", "3.0%"),
-             ("overlap", "overlap_ratio", "4.2f"), ("entropy", "student_entropy", "5.2f"),
-             ("grad", "grad_norm", "6.3f"), ("s", "seconds", "5.2f")]
-    parts = [f"{label} {m[key]:{form}}" for label, key, form in shown if not np.isnan(m.get(key, np.nan))]
-    skipped = "  SKIPPED: loss or gradient not finite" if m["skipped"] else ""
-    return f"step {step:>{len(str(cfg.steps))}}/{cfg.steps}  {'  '.join(parts)}{skipped}"
+def student_writes(run: Run, step: int) -> Batch:
+    """The responses of a step, by the student as it is now."""
+    cfg, asked = run.cfg, run.order(run, run.places(run, step))
+    if run.actor is not run.student:
+        run.actor.refresh(run.student)
+    rollout = generate(run.actor, [run.prompts[i] for i in asked], samples=cfg.samples, seed=cfg.seed * 2**32 + step,
+                       max_new_tokens=cfg.max_new_tokens, stop_ids=run.tokenizer.stop_ids, slots=cfg.slots,
+                       temperature=cfg.temperature, progress="rollout" if cfg.max_new_tokens > 200 else None)
+    asked = [i for i in asked for _ in range(cfg.samples)]
+    return Batch(rollout, asked, [run.train[i] for i in asked], True, step, run.tokenizer, cfg.verifier)
 
 
-@contextmanager
-def graceful_stop():
-    """Yields a list that SIGINT or SIGTERM fills: the step is finished first. A second signal acts at
-    once."""
-    caught = []
-    def handler(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        # not print: a handler that interrupts a print would be refused as a reentrant call, and end the run
-        text = f"\n{signal.Signals(number).name}: finishing this step, then saving (once more to stop at once)\n"
-        if parallel.rank() == 0:
-            os.write(2, text.encode())
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def signals(run: Run, batch: Batch, parts: list[Part]) -> Signals:
+    """The whole step as rows, with what the rules of this run ask for."""
+    cfg, rollout = run.cfg, batch.rollout
+    group_of = {problem: group for group, problem in enumerate(dict.fromkeys(batch.asked))}
+    asked = {name: SIGNALS[name](run, batch, parts) for name in run.asks}
+    return Signals(
+        token_N=rollout.rows(rollout.tokens_BT), behavior_logp_N=rollout.rows(rollout.logp_BT),
+        student_entropy_N=rollout.rows(rollout.entropy_BT), sequence_N=rollout.sequence_N,
+        position_N=rollout.position_N, length_B=rollout.length_B, finished_B=rollout.finished_B,
+        group_B=torch.tensor([group_of[i] for i in batch.asked], device=rollout.length_B.device),
+        progress=batch.step / max(1, cfg.steps - 1), seed=cfg.seed * 2**32 + batch.step, **asked)
 
 
-def without_folders(value):
-    """A path of this machine, or the paths in tag=path,tag=path, as its last part: a public log needs no more."""
-    return re.sub(r"(^|[=,])[/~.][^=,]*/", r"\1", value) if isinstance(value, str) else value
+def train_step(run: Run, optimizer, step: int, clock: Clock) -> dict:
+    """Roll out, score, weigh, update. Returns the step's record for metrics.jsonl."""
+    cfg = run.cfg
+    with clock("rollout"):
+        batch = run.batch = next(write for writes, write in run.sources if writes(step))(run, step)
+    with clock("score"), torch.no_grad():
+        parts = run.teacher.parts(batch)
+        s = signals(run, batch, parts)
+        weight_N = run.weigh(run, s)
+        fields_N = {"token_N": s.token_N, "behavior_logp_N": s.behavior_logp_N}
+        if cfg.divergence in USES_ADVANTAGE:
+            fields_N["advantage_N"] = ADVANTAGES[cfg.advantage](s, cfg)
+        scale_N = run.scale(run, s, weight_N)
+    for name, value_N in (("advantage", fields_N.get("advantage_N", scale_N)), ("weight", scale_N)):
+        if not torch.isfinite(value_N[scale_N != 0]).all():
+            raise UserError(f"--{name} {getattr(cfg, name)} is not a number for some tokens that count: it reads a "
+                            f"signal that this teacher does not give")
+    with clock("update"):
+        moves = [update(run, optimizer, batch, parts, fields_N, scale_N) for _ in range(cfg.updates)]
+    rollout = batch.rollout
+    noted = token_metrics(s, batch) | {"weight": weight_N}
+    noted |= {"advantage": fields_N["advantage_N"]} if "advantage_N" in fields_N else {}
+    return {**step_metrics(moves, batch.on_policy), **summarise(noted, s.position_N, s.length_B[s.sequence_N]),
+            "kept": (weight_N > 0).double().mean().item(),
+            "mean_length": s.length_B.double().mean().item(),
+            "truncation_rate": 1 - rollout.finished_B.double().mean().item(), "on_policy": int(batch.on_policy),
+            "lr": learning_rate(step, cfg, cfg.lr), "tokens": int(s.length_B.sum())}
 
 
-def trackers(cfg: Config, folder: RunFolder) -> list:
-    """Functions (record, step) for the optional services, imported only when asked for."""
-    found = []
-    if parallel.rank():
-        return found
-    if cfg.wandb:
-        import wandb
-        run = wandb.init(project="opd", name=folder.path.name, id=folder.path.name, resume="allow",
-                         config={key: without_folders(value) for key, value in asdict(cfg).items()})
-        found.append(lambda record, step: run.log(record, step=step))
-    if cfg.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(folder.path / "tensorboard")
-        found.append(lambda record, step: [board.add_scalar(k, v, step) for k, v in record.items()
-                                           if isinstance(v, (int, float))])
-    return found
+def learning_rate(step: int, cfg, highest: float) -> float:
+    """The learning rate of a step; `highest` is the one right after the warm-up."""
+    if step < cfg.warmup_steps:
+        return highest * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "constant":
+        return highest
+    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return highest * (1 + np.cos(np.pi * done)) / 2
 
 
-def test(cfg: Config, run: Setup, model, label: str, bridge=None) -> tuple[dict, list[dict]]:
-    """Held-out metrics and answers of a model (a teacher with another tokenizer has a bridge). The same seed
-    every time, so that curves share their noise."""
-    return evaluate(model, bridge.teacher if bridge else run.tokenizer, run.held_out, k=cfg.eval_k,
-                    temperature=cfg.eval_temperature,
-                    max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, seed=10**9 + cfg.seed,
-                    verifier=cfg.verifier, slots=cfg.slots, progress=label,
-                    variables=run.teacher_variables if bridge else run.variables)
+def update(run: Run, optimizer, batch: Batch, parts: list, fields_N: dict[str, Tensor], scale_N: Tensor) -> dict:
+    """One optimizer step. Returns the step's loss, the gradient norm before clipping and the mean diagnostics.
+
+    A loss or gradient that is not finite moves nothing: skipped = 1. Nor does a gradient that is exactly zero (every
+    group unanimous, every token masked), where AdamW would go on by its moments alone: empty = 1."""
+    cfg, student = run.cfg, run.student
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(batch.step, cfg, group.setdefault("initial_lr", group["lr"]))
+    losses.zero_gradients(student)
+    noted = losses.backward(student, batch.rollout, parts, fields_N, scale_N, DIVERGENCES[cfg.divergence], cfg,
+                            run.observe)
+    more = {}
+    for add_gradient in run.gradients:
+        more |= add_gradient(run, batch)
+    grad_norm = run.clip([parameter for _, parameter in student.trainable()], cfg.max_grad_norm)
+    loss = (noted.pop("loss") * scale_N).sum()
+    finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    if finite and grad_norm > 0:
+        optimizer.step()
+    length_N = batch.rollout.length_B[batch.rollout.sequence_N]
+    return {"loss": loss.item(), "grad_norm": grad_norm.item(), "skipped": int(not finite),
+            "empty": int(finite and grad_norm == 0), **summarise(noted, batch.rollout.position_N, length_N), **more}
 
 
-def test_student(cfg: Config, run: Setup, label: str) -> tuple[dict, list[dict]]:
-    """test() of the student; where it cannot be graded, how far it is from its teacher as well."""
-    metrics, samples = test(cfg, run, run.actor, label)
-    if run.compared:
-        metrics |= distance(samples, run.student, run.compared, vocab_size=run.vocab_size, chunk_rows=run.chunk_rows,
-                            temperature=cfg.eval_temperature or 1.0, max_tokens=cfg.micro_batch_tokens)
-    return metrics, samples
+def step_metrics(moves: list[dict], on_policy: bool) -> dict:
+    """The last update's numbers; but `skipped` and `empty` are 1 if any update was, and sampler_gap is the first
+    update's, the only one before which the student has not moved since it sampled."""
+    gap = {key: value if on_policy else math.nan for key, value in moves[0].items() if key.startswith("sampler_gap")}
+    return moves[-1] | gap | {key: max(move[key] for move in moves) for key in ("skipped", "empty")}
 
 
-def test_line(label: str, metrics: dict) -> str:
-    return (f"{label}  held-out {headline(metrics)}length {metrics['mean_length']:.1f}  "
-            f"cut {metrics['truncation_rate']:.0%}")
+# The loop
+
+def make_optimizer(student, cfg):
+    """Any torch optimizer, or support.optimizers.Optimizers of several: its moments are saved by parameter name, and
+    the learning rate of each group rises and falls by the schedule."""
+    return torch.optim.AdamW([p for _, p in student.trainable()], lr=cfg.lr, betas=(0.9, 0.999),
+                             weight_decay=cfg.weight_decay, fused=student.device.type in ("cuda", "cpu"))
 
 
-def example(run: Setup, samples: list[dict], step: int) -> str:
-    """One held-out answer, another one each time."""
-    sample = samples[(step * 7919) % len(samples)]
-    asked = run.held_out[sample["problem"]].prompt
-    asked = asked if isinstance(asked, str) else asked[-1]["content"]
-    verdict = {True: "  (right)", False: "  (wrong)", None: ""}[sample["correct"]]
-    return f"        e.g. {asked[-200:]!r} -> {sample['text'][:400]!r}{verdict}"
-
-
-def begin(cfg: Config, folder: RunFolder, run: Setup) -> dict:
-    """What stands before the first step: checks on request, and how good student and teacher are."""
-    if cfg.self_check:
-        self_check(cfg, run)
-    check_tokenizers(cfg, run)
-    begun = time.perf_counter()
-    before, samples = test_student(cfg, run, "student before")
-    folder.write_samples(0, samples)
-    print(test_line("before ", before))
-    teacher = test_teachers(cfg, run) if run.teachers and cfg.eval_teacher and cfg.teacher != "self" else None
-    if teacher:
-        print(test_line("teacher", teacher))
-    state = {**START, "phases": {}, "before": before, "teacher": teacher, "best": before.get(judged_by(before)),
-             "after": before}
-    folder.log({"step": 0, "eval": before, "eval_teacher": teacher})
-    tokens = sum(round(m["mean_length"] * m["problems"] * cfg.eval_k) for m in (before, teacher) if m)
-    note_time(state, {"tokens": tokens}, {"evaluation": time.perf_counter() - begun})
-    return state
-
-
-def train(cfg: Config, folder: RunFolder, run: Setup, memory_before: int = 0) -> int:
-    """The run, from wherever the folder says it stands. Returns the exit status: 0, or 128 + signal when
-    stopped."""
-    optimizer = torch.optim.AdamW([p for _, p in trainable(run.student)], lr=cfg.lr, betas=(0.9, 0.999),
-                                  weight_decay=cfg.weight_decay, fused=run.student.device.type in ("cuda", "cpu"))
-    started, track = time.perf_counter(), trackers(cfg, folder)
-    state = folder.resume(run.student, optimizer, run.average, like={**START, "before": {}, "after": {}})
-    if state:
-        print(f"resume  {folder.path} from step {state['step']}")
-    if cfg.compile:
-        begun = time.perf_counter()
-        warm_up(cfg, run)
-        print(f"compile took {time.perf_counter() - begun:.0f} s")
-    written = teacher_responses(cfg, run, folder)
+def train(run: Run, folder: RunFolder) -> int:
+    """The run, from wherever the folder says it stands. Returns the exit status: 0, or 128 + signal when stopped."""
+    cfg, report = run.cfg, Report(run, folder)
+    optimizer = run.make_optimizer(run.student, cfg)
+    state = report.resume(optimizer)
+    for ready in run.before_first_step:
+        ready(run, folder, state)
     if state is None:
-        state = begin(cfg, folder, run)
-        # the untouched student is the first candidate for best/
-        folder.save(0, run.student, run.tokenizer, optimizer, state, best=True, average=run.average)
-    seconds_before = state["seconds"]
-
+        state = report.begin(*test(run, "student before"), test_teacher(run))
+        report.save(0, optimizer)       # the untouched student is the first candidate for best/
     with graceful_stop() as stopped, tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=None) as bar:
         while state["step"] < cfg.steps:
             clock = Clock()
-            with clock("seconds"):
-                record = train_step(cfg, run, optimizer, state["step"], written, clock)
+            record = run.step(run, optimizer, state["step"], clock)
             step = state["step"] = state["step"] + 1
-            record |= {"seconds": clock.seconds.pop("seconds"), **{f"{k}_seconds": v for k, v in clock.seconds.items()}}
-            note_time(state, record, clock.seconds)
-            folder.log({"step": step, **record})
-            for log in track:
-                log(record, step)
-            tqdm.write(step_line(step, cfg, record))
+            report.step(step, record, clock)
             bar.update()
-            note_step(run, state, record)
             due = cfg.eval_every and step % cfg.eval_every == 0 or step == cfg.steps
             if due:
-                evaluate_and_note(cfg, run, folder, state, track)
-            # asked once: a signal between two looks would leave without saving
-            stop = parallel.largest(stopped[0] if stopped else 0)
+                report.evaluation(step, *test(run, "evaluate"))
+            stop = run.agree(stopped[0] if stopped else 0)  # asked once: saving and leaving must agree
             if due or stop or step % cfg.save_every == 0:
-                state["seconds"] = seconds_before + time.perf_counter() - started
-                check_student(run)
-                folder.save(step, run.student, run.tokenizer, optimizer, state, best=state.get("best_step") == step,
-                            average=run.average)
+                report.save(step, optimizer)
             if stop and step < cfg.steps:
                 tqdm.write(f"stopped after step {step}; the same command goes on from there")
                 return 128 + stop
-    finish(cfg, folder, state, run, memory_before)
+    report.finish()
     return 0
 
 
-def note_step(run: Setup, state: dict, record: dict) -> None:
-    """Adds a step's counts to the run's, and says what cannot go on or should not go unseen."""
-    state["tokens"] += record["tokens"] * record["on_policy"]
-    state["skipped"] += record["skipped"]
-    state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * record["skipped"]
-    state["empty"] += record["empty"]
-    if state["skipped_in_a_row"] >= 5:
-        raise NotFinite("the student's loss or gradient was not finite in 5 steps in a row, although the teacher's "
-                        "numbers were")
-    gap, most = record["sampler_gap"], SAMPLER_GAP[run.student.compute_dtype]
-    if gap > most >= state["sampler_gap"]:
-        tqdm.write(f"warning: log-probs of sampler and trainer are {gap:.1e} nats per token apart, rounding explains "
-                   f"{most:g}: is the sampler changed, or a kernel wrong? The run is not on-policy")
-    if gap > state["sampler_gap"]:
-        state["sampler_gap"] = gap
-
-
-@torch.no_grad()
-def check_student(run: Setup) -> None:
-    """A checkpoint of a student whose numbers went bad would take the place of the last good one."""
-    hidden = run.student(torch.tensor([run.prompts[0]], device=run.student.device))
-    if not torch.isfinite(run.student.logits(hidden[:, -1:])).all():
-        raise NotFinite("the student's logits are not finite")
-
-
-def note_time(state: dict, record: dict, seconds: dict[str, float]) -> None:
-    """Adds tokens per second of every phase to the record, and seconds and tokens to the run's sums."""
-    for phase, spent in seconds.items():
-        record[f"{phase}_tokens_per_second"] = record["tokens"] / max(spent, 1e-9)
-        before = state["phases"].get(phase, [0.0, 0])
-        state["phases"][phase] = [before[0] + spent, before[1] + record["tokens"]]
-
-
-def timings(state: dict) -> dict:
-    """phase -> seconds, its share of the run, tokens per second. `other`: loading excepted, whatever is left."""
-    phases = dict(state["phases"])
-    phases["other"] = [max(0.0, state["seconds"] - sum(spent for spent, _ in phases.values())), 0]
-    whole = sum(spent for spent, _ in phases.values())
-    return {phase: {"seconds": spent, "share": spent / max(whole, 1e-9),
-                    "tokens_per_second": tokens / max(spent, 1e-9)} for phase, (spent, tokens) in phases.items()}
-
-
-def evaluate_and_note(cfg: Config, run: Setup, folder: RunFolder, state: dict, track: list) -> None:
-    """Evaluate the student as it is now, print and record it, and remember whether it is the best so far."""
-    if run.actor is not run.student:
-        run.actor.refresh(run.student)
-    start = time.perf_counter()
-    metrics, samples = test_student(cfg, run, "evaluate")
-    metrics["seconds"] = time.perf_counter() - start
-    note_time(state, {"tokens": round(metrics["mean_length"] * len(samples))}, {"evaluation": metrics["seconds"]})
-    step = state["step"]
-    folder.write_samples(step, samples)
-    folder.log({"step": step, "eval": metrics})
-    for log in track:
-        log({f"eval/{key}": value for key, value in metrics.items()}, step)
-    if better(metrics, state["best"]):
-        state["best"], state["best_step"] = metrics.get(judged_by(metrics)), step
-    state["after"] = metrics
-    tqdm.write(test_line("eval   ", metrics))
-    tqdm.write(example(run, samples, step))
-
-
-def finish(cfg: Config, folder: RunFolder, state: dict, run: Setup, memory_before: int) -> None:
-    key = judged_by(state["after"])
-    folder.write_summary({"before": state["before"], "after": state["after"], "teacher": state["teacher"],
-                          "steps": state["step"], "seconds": state["seconds"], "tokens": state["tokens"],
-                          "best": {"step": state["best_step"], **({key: state["best"]} if key else {})},
-                          "skipped": state["skipped"], "empty": state["empty"], "sampler_gap": state["sampler_gap"],
-                          "recipe": cfg.recipe, "timings": timings(state),
-                          "planned_memory": run.planned_memory,
-                          "peak_memory": used_memory(run.student.device, memory_before)})
-    print(folder.summary(lambda summary: closing_line(folder, summary)))
-
-
-def closing_line(folder: RunFolder, summary: dict) -> str:
-    shares = "  ".join(f"{phase} {t['share']:.0%}"
-                       + (f" ({t['tokens_per_second']:,.0f} tokens/s)" if t["tokens_per_second"] else "")
-                       for phase, t in summary["timings"].items())
-    return (f"done    held-out {change(summary['before'], summary['after'], summary['teacher'])} in "
-            f"{summary['steps']} steps, {summary['seconds']:.0f} s\n"
-            f"        {shares}, peak memory {size_text(summary['peak_memory'])}\n"
-            f"        sampler and trainer at most {summary['sampler_gap']:.1e} nats per token apart\n"
-            f"        in {folder.path}: the trained model last/, the best one best/, metrics.jsonl, samples/, "
-            f"summary.json")
-
-
-def advice(complaint: str, cfg: Config, path: Path) -> str:
-    """What to do when numbers went bad, by whose they are."""
-    if "the student" not in complaint:
-        return f"look at its checkpoint, or pass --dtype float32; the checkpoints in {path} stay as they were"
-    return (f"--lr {cfg.lr:g} is too high, or --temperature {cfg.temperature:g} too low, or its checkpoint is damaged; "
-            f"the checkpoints in {path} are from before and stay: change a flag and pass another --name")
+def defaults(run: Run) -> None:
+    """What a step is made of. Extras put theirs before, around or in place of these."""
+    run.places = lambda run, step: range(step * run.cfg.problems, (step + 1) * run.cfg.problems)
+    run.pick, run.order = pick, lambda run, places: pick(len(run.train), places, run.cfg.seed)
+    run.sources = [(lambda step: True, student_writes)]     # (whether it writes a step, how); the first that does
+    run.weigh = lambda run, s: WEIGHTS[run.cfg.weight](s, run.cfg) * supervised(s, run.cfg)
+    run.scale = lambda run, s, weight_N: row_scale(s, weight_N, run.cfg.reduction)
+    run.clip = torch.nn.utils.clip_grad_norm_
+    run.step, run.make_optimizer = train_step, make_optimizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        cfg, given = parse(sys.argv[1:] if argv is None else argv)
-        check(cfg)
-        parallel.check(cfg)
-        path = run_path(cfg.runs, cfg.name or run_name(cfg, given))
-        lasting = {key: value for key, value in asdict(cfg).items() if key not in NOT_THE_RUN}
-        look_only = cfg.plan or cfg.report_only
-        # os.path.exists: False where the path itself is impossible
-        if os.path.exists(path / "summary.json") and not (cfg.fresh or look_only):
-            folder = parallel.run_folder(RunFolder, path, lasting)
-            print(f"{path} is complete; pass --fresh to run it again, or change a flag for another run")
-            print(folder.summary(lambda summary: closing_line(folder, summary)))
-            return 0
-        give_back_freed_memory()
-        memory_before = used_memory(torch.device("cpu"))
-        torch.manual_seed(cfg.seed)     # nothing draws from the global stream; if a fork does, it is at least fixed
-        stored = {} if cfg.fresh or look_only else started(path)
-        # a template that prints the date prints that of the run's first start, on whatever day it goes on
-        Tokenizer.started = datetime.fromisoformat(stored["date"]) if stored.get("date") else datetime.now()
-        cfg, run = set_up(cfg, stored)
-        if cfg.report_only:
-            return report(cfg, run)
-        folder = parallel.run_folder(RunFolder, path, lasting, cfg.fresh)
-        folder.note_start({"date": Tokenizer.started.isoformat(), "torch": torch.__version__, **chosen(cfg)})
-        return train(cfg, folder, run, memory_before)
-    except NotFinite as error:
-        parallel.complain(f"error: {one_line(error)}; {advice(str(error), cfg, path)}")
-        return 2
-    except UserError as error:
-        parallel.complain(f"error: {one_line(error)}")
-        return 2
-    except KeyboardInterrupt:       # before the loop, or the second signal in it
-        parallel.complain("stopped at once; the same command goes on from the last checkpoint, if there is one")
-        return 130
+    return start(sys.argv[1:] if argv is None else argv, SETTINGS, defaults, train)
 
 
 if __name__ == "__main__":
-    sys.exit(parallel.run(main))
+    sys.exit(main())

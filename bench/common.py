@@ -4,6 +4,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -11,8 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from memory import resident  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
+from extras import compile as compile_extra  # noqa: E402
+from model import Transformer  # noqa: E402
+from support.extras import offers  # noqa: E402
+from support.memory import resident  # noqa: E402
+from support.model_config import ModelConfig  # noqa: E402
 
 
 # width, MLP width, layers, heads, key/value heads, head width, tied
@@ -54,7 +58,16 @@ def random_model(raw: dict, dtype: torch.dtype, compute_dtype: torch.dtype, devi
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02)
+    for faster in offers("on_model"):
+        faster(model)
     return model
+
+
+def compile_models(models: set[Transformer]) -> None:
+    """What train.py's --compile does to the models of a run."""
+    run = SimpleNamespace(cfg=SimpleNamespace(compile=True), student=next(iter(models)), models=lambda: models,
+                          before_first_step=[])
+    compile_extra.attach(run)
 
 
 def interleaved(variants: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:

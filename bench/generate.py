@@ -18,14 +18,14 @@ import os
 import tempfile
 from pathlib import Path
 
-from common import QWEN3, interleaved, medians, ragged_lengths, random_checkpoint, shape  # isort: skip
+from common import QWEN3, compile_models, interleaved, medians, ragged_lengths, random_checkpoint, shape  # isort: skip
 
 import numpy as np
 import torch
 
-from memory import give_back_freed_memory
 from rollout import generate
-from weights import checkpoint_folder, load_model
+from support.memory import give_back_freed_memory
+from support.weights import checkpoint_folder, load_model
 
 
 def workload(args, vocab: int) -> tuple[list[list[int]], list[int]]:
@@ -41,8 +41,8 @@ def workload(args, vocab: int) -> tuple[list[list[int]], list[int]]:
     return [rng.integers(vocab, size=n).tolist() for n in prompt_lengths], lengths.tolist()
 
 
-def ours(model, prompts, lengths, batch, **options):
-    return lambda: generate(model, prompts, max_new_tokens=lengths, stop_ids=(), slots=batch, **options)
+def ours(model, prompts, lengths, batch):
+    return lambda: generate(model, prompts, max_new_tokens=lengths, stop_ids=(), slots=batch)
 
 
 def transformers_generate(folder: Path, dtype, device, prompts, lengths, batch: int, cache: str):
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, help="new tokens: the most (default 256), or of all (default 64)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="also this project with generate(compile=True)")
+    parser.add_argument("--compile", action="store_true", help="also this project with train.py's --compile")
     parser.add_argument("--peers", nargs="*", default=["dynamic", "static", "vllm"])
     args = parser.parse_args()
     args.requests = args.requests or (96 if args.lengths == "ragged" else args.batch)
@@ -111,7 +111,9 @@ def main() -> None:
         work = prompts, lengths, args.batch
         variants = {"ours": ours(model, *work)}
         if args.compile:
-            variants["compiled"] = ours(model, *work, compile=True)
+            compiled = load_model(folder, dtype=dtype, device=device)
+            compile_models({compiled})
+            variants["compiled"] = ours(compiled, *work)
         for cache in ("dynamic", "static"):
             if cache in args.peers:
                 variants[cache] = transformers_generate(folder, dtype, device, *work, cache)

@@ -1,9 +1,9 @@
-"""Exact divergences over a large vocabulary: what update.chunked_backward costs in time and memory.
+"""Exact divergences over a large vocabulary: what losses.chunked_backward costs in time and memory.
 
     python bench/loss.py                                # 2,048 rows x 151,936 words, width 256, float32
     python bench/loss.py --rows 1024 --divergence jsd --variants chunked materialised
 
-    chunked         update.chunked_backward, as train.py calls it
+    chunked         losses.chunked_backward, as train.py calls it
     materialised    all logits of both sides at once, the same divergence, plain torch
     trl             the same through TRL's GKDTrainer.generalized_jsd_loss
     trl_chunked     TRL's DistillationTrainer
@@ -24,20 +24,23 @@ import torch
 from common import peak_memory, reset_peak
 
 import losses
-import update
-from memory import auto_chunk, give_back_freed_memory
+from support.memory import auto_chunk, give_back_freed_memory
+from teacher import Part
+from train import Config
 
 VARIANTS = ("chunked", "materialised", "trl", "trl_chunked", "liger")
 TRL_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
 
 
 def chunked(states_ND, head_VD, teacher_ND, teacher_VD, divergence, chunk_rows):
-    head_grad_VD, scale_N = torch.zeros_like(head_VD), torch.full((len(states_ND),), 1 / len(states_ND))
-    token_N = torch.zeros(len(states_ND), dtype=torch.int64)
-    loss_N, _ = update.chunked_backward(
-        states_ND * 1.0, head_VD.detach(), head_grad_VD, {"token_N": token_N}, scale_N, losses.DIVERGENCES[divergence],
-        losses.LossArgs(), temperature=1.0, chunk_rows=chunk_rows, teacher_hidden_NE=teacher_ND,
-        teacher_head_VE=teacher_VD)
+    N, head_grad_VD = len(states_ND), torch.zeros_like(head_VD)
+    every_N, scale_N = torch.arange(N), torch.full((N,), 1 / N)
+    fields_N = {"token_N": torch.zeros(N, dtype=torch.int64), "behavior_logp_N": torch.zeros(N)}
+    cfg = Config(chunk_rows=chunk_rows)
+    part = Part(every_N[:1], every_N, teacher_ND, teacher_VD, fields_N["token_N"], cfg)
+    loss_N, _ = losses.chunked_backward(
+        states_ND * 1.0, every_N, (head_VD.detach(), head_grad_VD), part, fields_N, scale_N,
+        losses.DIVERGENCES[divergence], cfg, lambda rows, top_NK: {})
     head_VD.grad = head_grad_VD
     return (loss_N * scale_N).sum()
 

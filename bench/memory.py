@@ -18,7 +18,7 @@ from common import qwen3, random_checkpoint  # isort: skip
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from memory import size_text
+from support.memory import size_text
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 SETTINGS = {

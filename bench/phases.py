@@ -1,45 +1,66 @@
 """One step of this project, phase by phase, for the benchmarks that time it."""
 from dataclasses import replace
+from types import SimpleNamespace
+
+from common import compile_models  # isort: skip
 
 import torch
 
-from memory import auto_chunk
+import losses
+import train
+from losses import row_scale
 from model import Transformer
 from rollout import generate
-from teacher import score
-from update import backward, row_scale, signals, update
+from support.extras import offers
+from support.memory import auto_chunk
+from support.metrics import observe, summarise
+from teacher import Batch, Teacher
 
 
 class Phases:
     """rollout, scoring, backward, update: each works on what the one before it left."""
 
     def __init__(self, student: Transformer, teacher: Transformer, cfg, vocab: int, compile: bool = False):
-        self.student, self.teacher, self.cfg = student, teacher, replace(cfg, compile=compile)
-        for model in (student, teacher) if compile else ():
-            model.compile_layers()
-        self.actor = student if student.compute_dtype == torch.float32 else student.copy_as(student.compute_dtype)
+        chunk_rows = auto_chunk(cfg, vocab, student.device, student.compute_dtype)
+        self.cfg = replace(cfg, chunk_rows=chunk_rows)
+        student.vocab_size = teacher.vocab_size = vocab
+        self.student = self.actor = student
+        if student.compute_dtype != torch.float32:
+            self.actor = student.copy_as(student.compute_dtype)
+            for faster in offers("on_model"):
+                faster(self.actor)
+        if compile:
+            compile_models({student, self.actor, teacher})
+        self.teacher = Teacher(teacher, self.cfg)
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-        self.sizes = dict(vocab_size=vocab, chunk_rows=auto_chunk(cfg, vocab, student.device, student.compute_dtype))
+        self.run = SimpleNamespace(cfg=self.cfg, asks=())
 
     def refresh(self) -> None:
         if self.actor is not self.student:
             self.actor.refresh(self.student)
 
     def rollout(self, prompts: list[list[int]], new: int | list[int], samples: int = 1, seed: int = 0) -> None:
-        self.written = generate(self.actor, prompts, samples=samples, max_new_tokens=new, stop_ids=(), seed=seed,
-                                slots=len(prompts) * samples, vocab_size=self.sizes["vocab_size"],
-                                compile=self.cfg.compile)
+        written = generate(self.actor, prompts, samples=samples, max_new_tokens=new, stop_ids=(), seed=seed,
+                           slots=len(prompts) * samples)
+        asked = list(range(len(written.length_B)))
+        self.batch = Batch(written, asked, [None] * len(asked), True, 0)
 
     def scoring(self) -> None:
-        self.scores = score([self.teacher], self.written, torch.zeros_like(self.written.length_B), temperature=1.0,
-                            max_tokens=self.cfg.micro_batch_tokens, tokens_too=False, **self.sizes)
+        self.parts = self.teacher.parts(self.batch)
 
     def backward(self) -> None:
-        self.signals = signals(self.written, torch.arange(len(self.written.length_B), device=self.student.device), None,
-                               self.scores)
-        self.scale_N = row_scale(self.signals, torch.ones_like(self.signals.student_N), "token")
-        self.per_row = backward(self.student, self.written, self.signals, self.scores, self.scale_N, None, self.cfg,
-                                **self.sizes)
+        s = train.signals(self.run, self.batch, self.parts)
+        fields_N = {"token_N": s.token_N, "behavior_logp_N": s.behavior_logp_N}
+        self.scale_N = row_scale(s, torch.ones_like(s.behavior_logp_N), "token")
+        losses.zero_gradients(self.student)
+        self.noted = losses.backward(self.student, self.batch.rollout, self.parts, fields_N, self.scale_N,
+                                     losses.DIVERGENCES[self.cfg.divergence], self.cfg, observe)
 
-    def update(self) -> None:
-        update(self.student, self.optimizer, self.signals, self.scale_N, self.per_row, 1.0)
+    def update(self) -> dict:
+        """As train.update goes on: clip, look, step, means."""
+        rollout, noted = self.batch.rollout, dict(self.noted)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        loss = (noted.pop("loss") * self.scale_N).sum()
+        if bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            self.optimizer.step()
+        return summarise(noted, rollout.position_N, rollout.length_B[rollout.sequence_N])

@@ -19,11 +19,13 @@ from common import QWEN3, interleaved, medians, peak_memory, random_model, reset
 
 import torch
 
-from config import Config
-from memory import give_back_freed_memory
-from model import ModelConfig, Transformer
+from extras.low_memory import recomputed
+from model import Transformer
 from phases import Phases
-from weights import checkpoint_folder, load_model
+from support.memory import give_back_freed_memory
+from support.model_config import ModelConfig
+from support.weights import checkpoint_folder, load_model
+from train import Config
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -95,7 +97,8 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     student = load(args.student, args, torch.float32, dtype)
     teacher = load(args.teacher, args, dtype, dtype, width=512, layers=8, head_dim=64).requires_grad_(False)
-    student.gradient_checkpointing = args.gradient_checkpointing
+    for layer in student.model.layers if args.gradient_checkpointing else ():
+        layer.forward = recomputed(layer.forward)
     vocab = min(student.config.vocab_size, teacher.config.vocab_size)
     one = Phases(student, teacher, Config(micro_batch_tokens=args.micro_batch_tokens), vocab, args.compile)
     prompts = torch.randint(vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()

@@ -19,10 +19,10 @@ from common import interleaved, medians, qwen3, random_checkpoint  # isort: skip
 import numpy as np
 import torch
 
-from config import Config
-from memory import give_back_freed_memory
 from phases import Phases
-from weights import load_model
+from support.memory import give_back_freed_memory
+from support.weights import load_model
+from train import Config
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,10 @@ class Timer:
 
 
 def ours(args, folder: Path) -> dict:
-    from config import Config
-    from memory import give_back_freed_memory
     from phases import Phases
-    from weights import load_model
+    from support.memory import give_back_freed_memory
+    from support.weights import load_model
+    from train import Config
     give_back_freed_memory()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     student = load_model(folder / "student", compute_dtype=dtype, device=device)

@@ -29,8 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from checkpoint import recorded  # noqa: E402
-from prepare import needs  # noqa: E402
+from support.checkpoint import recorded  # noqa: E402
+from support.extras import offers  # noqa: E402
+from support.flags import parse  # noqa: E402
+from support.setup import Run, needs_teacher, set_up  # noqa: E402
+from support.start import NOT_THE_RUN  # noqa: E402
 
 # t(0.975, n - 1)
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -93,9 +96,9 @@ def finished(folder: Path, line: list[str]) -> bool:
     """Has exactly this run ended? (train.py would find that too, after loading torch, hundreds of times.)"""
     if not (folder / "summary.json").exists():
         return False
-    wanted = asdict(train.parse(line)[0])
+    wanted = asdict(parse(line, train.SETTINGS)[0])
     found = recorded(json.loads((folder / "config.json").read_text()))
-    return found == recorded({key: value for key, value in wanted.items() if key not in train.NOT_THE_RUN})
+    return found == recorded({key: value for key, value in wanted.items() if key not in NOT_THE_RUN})
 
 
 def run(label: str, command: str, flags: str, seed: int, runs: Path) -> Path:
@@ -120,6 +123,15 @@ def run_all(arms: dict[str, str], flags: str, seeds: int, runs: Path) -> dict[st
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def ready(line: list[str]) -> Run:
+    """What train.py would train with this command line, loaded and not yet begun."""
+    run = set_up(parse(line, train.SETTINGS)[0], {})
+    train.defaults(run)
+    for attach in offers("attach"):
+        attach(run)
+    return run
 
 
 # What runs have left
@@ -150,7 +162,8 @@ def curve(folder: Path) -> list[tuple[int, float, int, int]]:
         else:
             tokens += record["tokens"] * record["on_policy"]
             # a verifier reads alone, and solutions that came with the data need no teacher either
-            teacher += record["tokens"] * (needs(cfg, "teacher") and record["step"] > cfg.cold_start_steps)
+            taught = needs_teacher(cfg) or cfg.lmbda < 1 and cfg.responses == "teacher"
+            teacher += record["tokens"] * (taught and record["step"] > cfg.cold_start_steps)
     return points
 
 

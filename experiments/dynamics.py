@@ -28,16 +28,14 @@ from pathlib import Path
 import numpy as np
 
 from compare import (TOY, accuracy_by, accuracy_key, arguments, columns, differences, number, options, percent,
-                     records, run_all, summary, table)
-import train
-from eval import grade, load_problems
-from model import set_threads
-from prepare import load_other, set_up
+                     ready, records, run_all, summary, table)
+from extras.report import load_other, student_batch
 from rollout import generate
-from step import Clock, look, read
-from teacher import disagreement
-from tokenizer import Tokenizer
-from weights import load_model
+from support.problems import load_problems
+from support.tokenizer import Tokenizer
+from support.verifier import grade
+from support.weights import load_model, set_threads
+from teacher import Teacher, disagreement
 
 STEPS = 40
 LONG = 80           # another notation takes longer to learn than a habit, and a higher rate
@@ -160,12 +158,12 @@ def between_teachers(flags: str, seed: int, runs: Path) -> tuple[float, float, f
     the mass of toy/student on the top tokens of both."""
     same = runs.resolve() / "made" / "teacher_same-0" / "last"
     line = f"{flags} --teacher {same} --report_only --compare_teacher {TOY / 'student'}"
-    cfg, _ = train.parse(arguments("opd", line, seed, runs / "look"))
     with redirect_stdout(sys.stderr):
-        cfg, run = set_up(cfg)
-        rollout, _, first, _, _, _ = look(cfg, run, 0, {}, Clock())
-        mine, other = (disagreement(read(cfg, run, [model], rollout), first, temperature=cfg.temperature,
-                                    chunk_rows=run.chunk_rows) for model in (run.student, load_other(cfg, run)))
+        run = ready(arguments("opd", line, seed, runs / "look"))
+        batch = student_batch(run)
+        first, every_B = run.teacher.parts(batch), batch.rollout.every_B
+        mine, other = (disagreement(Teacher(model, run.cfg).read(batch, every_B), first)
+                       for model in (run.student, load_other(run)))
     found = mine["reverse_kl"], other["reverse_kl"], other["overlap_mass_student"]
     return tuple(value_N.mean().item() for value_N in found)
 
@@ -214,11 +212,12 @@ def continued(student_folder: Path, seed: int) -> dict[str, list[float]]:
     share of the tokens of the same response of the student."""
     tokenizer, problems = Tokenizer(student_folder), load_problems(TOY / "test.jsonl", need_answer=True)
     models = {"student": load_model(student_folder), "teacher": load_model(TOY / "teacher")}
+    for model in models.values():
+        model.vocab_size = tokenizer.vocab_size
     set_threads(models["student"])
     prompts = [tokenizer.prompt_ids(problem.prompt) for problem in problems for _ in range(4)]
     answers = [problem.answer for problem in problems for _ in range(4)]
-    sample = partial(generate, max_new_tokens=40, stop_ids=tokenizer.stop_ids, temperature=1.0, slots=128,
-                     vocab_size=tokenizer.vocab_size)
+    sample = partial(generate, max_new_tokens=40, stop_ids=tokenizer.stop_ids, temperature=1.0, slots=128)
     first = sample(models["student"], prompts, samples=1, seed=seed)
     responses = [first.response(b) for b in range(len(prompts))]
     found: dict[str, list[float]] = {name: [] for name in models}

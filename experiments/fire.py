@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from compare import TOY, accuracy_by, arguments, columns, differences, number, options, percent, run_all, slug, table
+from compare import (TOY, accuracy_by, arguments, columns, differences, number, options, percent, ready, run_all, slug,
+                     table)
 import train
-from credit import WEIGHTS, sequence_mean
-from prepare import set_up
-from step import Clock, look
+from extras.report import student_batch
+from losses import WEIGHTS, sequence_mean
 
 MIXED = f"--data {TOY / 'mixed_train.jsonl'} --eval_data {TOY / 'mixed_test.jsonl'}"
 LOW, ROUTED = TOY / "teacher_low", f"low={TOY / 'teacher_low'},high={TOY / 'teacher_high'}"
@@ -61,13 +61,14 @@ def auroc(positive: torch.Tensor, negative: torch.Tensor) -> float:
 def dropped(flags: str, seed: int, runs: Path) -> list[float]:
     """What the filter would drop of 512 responses before the first step: share without `*`, share with only `*`;
     how well its score tells the two kinds apart, right responses from wrong ones, the same among only `*`."""
-    cfg, _ = train.parse(arguments(ONE["low alone: fire"], f"{flags} --problems 512", seed, runs / "look"))
+    line = arguments(ONE["low alone: fire"], f"{flags} --problems 512", seed, runs / "look")
     with redirect_stdout(sys.stderr):
-        cfg, run = set_up(cfg)
-        _, s, _, _, asked, _ = look(cfg, run, 0, {}, Clock())
-    score_B, kept_B = sequence_mean(s.teacher_N, s), sequence_mean(WEIGHTS["fire"](s, cfg), s) > 0
-    high_B = torch.tensor([run.train[i].fields["kind"] == "high" for i in asked])
-    right_B = s.reward_B > 0
+        run = ready(line)
+        batch = student_batch(run)
+        s = train.signals(run, batch, run.teacher.parts(batch))
+    score_B, kept_B = sequence_mean(s.teacher_logp_N, s), sequence_mean(WEIGHTS["fire"](s, run.cfg), s) > 0
+    high_B = torch.tensor([problem.fields["kind"] == "high" for problem in batch.problems])
+    right_B = batch.reward_B > 0
     lost_B = (~kept_B).double()
     return [lost_B[~high_B].mean().item(), lost_B[high_B].mean().item(), auroc(score_B[~high_B], score_B[high_B]),
             auroc(score_B[right_B], score_B[~right_B]), auroc(score_B[right_B & high_B], score_B[~right_B & high_B])]

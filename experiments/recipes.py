@@ -2,7 +2,7 @@
 
     python experiments/recipes.py               # about 7 minutes on two idle cores
 
-Claim      Each row of config.RECIPES improves its own toy student with its own defaults in under two
+Claim      Each recipe (python train.py --help) improves its own toy student with its own defaults in under two
            minutes.
 Paper      Those beside each row; this says nothing about which is best (compare.py does, over seeds).
 Design     `python train.py --recipe NAME --no-eval_teacher` for every NAME, seed 0.
@@ -12,9 +12,9 @@ Against    `after` not above the 95 % interval of `before` over problems; more t
 import sys
 
 from compare import accuracy_key, options, run_all, summary, table
-import config
+import train
 
-ARMS = {name: name for name in config.RECIPES}
+ARMS = {name: name for name in train.SETTINGS.recipes}
 FLAGS = "--no-eval_teacher"
 
 

@@ -21,9 +21,10 @@ import re
 from pathlib import Path
 
 from compare import TOY, accuracy_by, columns, differences, mean_by, options, percent, run_all, summary, table
-from eval import evaluate, load_problems
-from tokenizer import Tokenizer
-from weights import load_model
+from eval import evaluate
+from support.problems import load_problems
+from support.tokenizer import Tokenizer
+from support.weights import load_model
 
 TEACHER = f"--teacher {TOY / 'teacher_unreliable'}"
 START = {"start": f"opd --steps 60 {TEACHER}"}

@@ -22,8 +22,8 @@ import torch
 
 from compare import ROOT, TOY, accuracy_key, cost_to_reach, number, options, percent, records, run_all, summary, table
 from model import Transformer
-from tokenizer import Tokenizer
-from weights import load_config
+from support.tokenizer import Tokenizer
+from support.weights import load_config
 
 ACROSS = f"--teacher {TOY / 'teacher_bpe'}"
 ARMS = {

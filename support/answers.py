@@ -27,9 +27,9 @@ from functools import lru_cache
 
 from support.sums import DEEPEST, LONGEST, Reader, Unread, value_of
 
-UNITS = "|".join("""mm cm dm km m ft inch inches feet yard mile mph kmph kmh kg gm lb gal gallon liter litre acre hectare
-    meter metre sec second min minute hr hour day month yr year deg degree cent rupee pound coin apple student unit
-    square""".split())
+UNITS = "|".join("""mm cm dm km m ft inch inches feet yard mile mph kmph kmh kg gm lb gal gallon liter litre acre
+    hectare meter metre sec second min minute hr hour day month yr year deg degree cent rupee pound coin apple student
+    unit square""".split())
 TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox) ?\{([^{}]*)\}"
 REWRITES = [(needle, re.compile(pattern), new) for needle, pattern, new in (      # tried only where the needle stands
     ("\\", r"\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|(?<!\\)\\[!()]|\\\$", ""),        # looks
@@ -40,7 +40,8 @@ REWRITES = [(needle, re.compile(pattern), new) for needle, pattern, new in (    
     ("≤", "≤", r"\\le "), ("<=", "<=", r"\\le "), (r"\le", r"\\leq?(?:slant)?(?![a-zA-Z])", r"\\le "),
     ("≥", "≥", r"\\ge "), (">=", ">=", r"\\ge "), (r"\ge", r"\\geq?(?:slant)?(?![a-zA-Z])", r"\\ge "),
     (r"\ne", r"\\neq?(?![a-zA-Z])", r"\\ne "),
-    (r"\cdot", r"\\cdot(?![a-zA-Z])", "*"), (r"\times", r"\\times(?![a-zA-Z])", "*"), (r"\div", r"\\div(?![a-zA-Z])", "/"),
+    (r"\cdot", r"\\cdot(?![a-zA-Z])", "*"), (r"\times", r"\\times(?![a-zA-Z])", "*"),
+    (r"\div", r"\\div(?![a-zA-Z])", "/"),
     ("{", r"\{ ?, ?\}", ","),                                                  # 1{,}234 is LaTeX for 1,234
     ("%", r"\s?\\?%", "%"), ("percent", r"\s?\\text\{percent\}|(?<=[0-9])\s?percent$", "%"),
     ("frac", r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from support.errors import UserError, shown
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]     # a list: a family of your own joins it, and model.LAYERS
 REQUIRED = object()
 
 

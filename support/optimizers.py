@@ -6,7 +6,7 @@ ordered in other ways (matrices here, the rest there) and moments of equal shape
 import torch
 from torch import Tensor, nn
 
-import parallel
+from support import tensors as tensors_file
 from support.errors import UserError
 
 
@@ -78,7 +78,7 @@ def moments(model: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict[str, d
     for name, parameter in named(model, optimizer):
         for key, value in state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{key}/{name}"] = parallel.on_host(value)
+                tensors[f"{key}/{name}"] = tensors_file.on_host(value)
             elif value is None or isinstance(value, (bool, int, float)):
                 numbers.setdefault(name, {})[key] = value
             else:
@@ -94,7 +94,7 @@ def restore_moments(tensors: dict[str, Tensor], numbers: dict[str, dict], model:
     shapes = dict(own)
     for key, tensor in tensors.items():
         key, name = key.split("/", 1)
-        state[name][key] = parallel.like(tensor, shapes[name])
+        state[name][key] = tensors_file.like(tensor, shapes[name])
     for name, found in numbers.items():
         state[name] |= found
     # learning rate and schedule belong to the configuration, not to the checkpoint

@@ -3,17 +3,17 @@
     plan    does not fit: about 26.2 GiB of 23.0 GiB, 3.2 GiB too many; --gradient_checkpointing would save the most,
             9.8 GiB
 
-Place in the loop: before it. prepare.py prints the verdict before anything is loaded, and with --plan all of it.
+support/setup.py prints the verdict before anything is loaded, and with --plan all of it.
 """
 import re
 from dataclasses import replace
 
 import torch
 
-import parallel
-from memory import (CHOSEN, PHASES, ROOM, Job, compute_dtype, fit, free_memory, fullest, host_plan, memory_plan, peak,
-                    size_text, total_memory)
+from support import memory as memory_file
 from support.errors import UserError, shown
+from support.memory import (CHOSEN, PHASES, ROOM, Job, compute_dtype, fit, flag, free_memory, fullest, host_plan,
+                            memory_plan, peak, size_text, total_memory)
 
 UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -35,7 +35,7 @@ def planned_device(cfg) -> tuple[torch.device, int]:
     gpu = torch.cuda.is_available()
     device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if gpu else "cpu")
     if cfg.plan_memory:
-        return device, parse_memory(cfg.plan_memory) // (parallel.world() if device.type == "cpu" else 1)
+        return device, parse_memory(cfg.plan_memory) // (memory_file.processes() if device.type == "cpu" else 1)
     if device.type == "cuda" and not gpu or device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--plan --device {device.type}: there is none here that could be asked for its memory; say "
                         f"how much it has, as in --plan_memory 24GiB")
@@ -55,13 +55,13 @@ def trials(cfg, job: Job) -> list[tuple[dict, bool]]:
              ({"max_new_tokens": max(cfg.max_new_tokens // 2, 1)}, False),
              ({"problems": max(cfg.problems // 2, 1)}, False),
              ({"samples": max(cfg.samples // 2, min(cfg.samples, 2))}, False)]      # groups need two
-    if job.device.type != "cpu" and parallel.world() == 1:
+    if job.device.type != "cpu" and memory_file.processes() == 1:
         found.append(({"offload_optimizer": True}, True))
-    if cfg.lora_rank == 0 or cfg.lora_rank > 16:
+    if flag(cfg, "lora_rank") == 0 or flag(cfg, "lora_rank") > 16:
         found.append(({"lora_rank": 16}, False))
     if compute_dtype(cfg, job.device) == torch.float32:
         found.append(({"dtype": "bfloat16"}, False))
-    return found
+    return [(flags, same) for flags, same in found if all(hasattr(cfg, name) for name in flags)]
 
 
 def savings(cfg, job: Job) -> list[tuple[int, dict, bool]]:
@@ -169,7 +169,7 @@ def announce(cfg, job: Job) -> int:
         lines.append(f"        warning: it goes on, since this is an estimate; {way_text(cfg, job)}")
     elif (free := free_memory(job.device)) is not None and need > free:
         lines.append(f"        warning: only {size_text(free)} are free at the moment; end what else is running")
-    if job.device.type != "cpu" and cfg.offload_optimizer:
+    if job.device.type != "cpu" and flag(cfg, "offload_optimizer"):
         lines.append(f"        {host_text(cfg, job)}")
     print("\n".join(lines + host_warning(cfg, job)))
     return need

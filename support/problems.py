@@ -137,13 +137,13 @@ def with_system(r: dict, turns: object) -> object:
     return [{"role": "system", "content": r["system"]}, *turns]
 
 
-FORMATS: tuple[tuple[Callable[[dict], bool], Callable[[dict], Taken]], ...] = (     # known by, read by
+FORMATS: list[tuple[Callable[[dict], bool], Callable[[dict], Taken]]] = [      # known by, read by; the first that fits
     (lambda r: "prompt" in r and isinstance(r.get("reward_model"), dict), verl),
     (lambda r: "prompt" in r and "completion" in r, trl),
     (lambda r: any(name in r for name in PROMPT_FIELDS), plain),
     (lambda r: "conversations" in r, sharegpt),
     (lambda r: "instruction" in r, alpaca),
-)
+]
 
 
 def as_problem(record: object, line: int) -> Problem:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support.errors import UserError, one_line, read_json, shown
-from tokenizer import TEXT_FILES
+from support.tokenizer import TEXT_FILES
 
 MARK = {"recipe", "student", "teacher", "steps"}        # keys of a run's config.json that no other file has together
 NAME_BYTES = 200        # file systems take 255, and ours grow by a prefix and a suffix

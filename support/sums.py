@@ -1,11 +1,12 @@
 r"""Sums of products over the fractions: the mathematics that answers are compared in. Exact, bounded, nothing executed.
 
-A sum is a dict {(root, powers): coefficient} and means the sum of coefficient * sqrt(root) * product of name ** exponent:
-`root` is a square-free whole number, `powers` are sorted (name, exponent) pairs, a coefficient is never 0. So equal sums
+A sum is a dict {(root, powers): coefficient}: the sum of coefficient * sqrt(root) * product of name ** exponent, where
+`root` is a square-free whole number, `powers` are sorted (name, exponent) pairs, no coefficient is 0. So equal sums
 are equal dicts: \frac{2}{\sqrt2} + x \cdot x and x^2 + \sqrt2 both are {(2, ()): 1, (1, (("x", 2),)): 1}.
 
-What cannot be multiplied out (the root or the sine of a sum, one over a sum, x^n) is a letter with a long name. So equal
-sums are equal numbers whatever the letters stand for, but equal numbers may be different sums: (x^2-1)/(x-1) and x+1.
+What cannot be multiplied out (the root or the sine of a sum, one over a sum, x^n) is a letter with a long name. So
+equal sums are equal numbers whatever the letters stand for, but equal numbers may be different sums: (x^2-1)/(x-1) and
+x+1.
 """
 import re
 from fractions import Fraction
@@ -231,6 +232,7 @@ class Reader:
         if token == r"\sqrt" and (degree := re.fullmatch(r"\[([3-9])\]", "".join(self.tokens[self.i:self.i + 3]))):
             self.i += 3
             return _letter(f"root{degree[1]}{_name(self.argument())}")
-        if token in FUNCTIONS and (self.tokens[self.i] in ("(", "{") or self.tokens[self.i + 1] in ("", "+", "-", ")", "}")):
+        if token in FUNCTIONS and (self.tokens[self.i] in ("(", "{")
+                                   or self.tokens[self.i + 1] in ("", "+", "-", ")", "}")):
             return _letter(token + _name(self.base()))  # \sin 2x stays text
         raise Unread

@@ -13,11 +13,20 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import attention  # noqa: E402
+TESTS = Path(__file__).resolve().parent
+for folder in (TESTS, TESTS.parent):        # so that tests in any folder find conftest, helpers and the code
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+pytest.register_assert_rewrite("loss_reference", "signal_lists", "crossing_reference", "tokenizer_kinds")
+import losses  # noqa: E402
 import model as model_file  # noqa: E402
 import rollout  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
+from model import Transformer  # noqa: E402
+from model_cases import peer  # noqa: E402, F401 (a fixture)
+from support.extras import load_extras  # noqa: E402
+from support.model_config import ModelConfig  # noqa: E402
+
+load_extras()       # an extra remembers at import the plain function that it replaces
 
 torch.set_num_threads(1)        # models this small lose more to waiting threads than they gain
 CHARACTERS = "0123456789+-*=?#;"
@@ -60,6 +69,13 @@ def pair(tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("pair"))
 
 
+@pytest.fixture(scope="session")
+def world(pair):
+    """pair, with teachers of other tokenizers."""
+    from crossing_reference import write_world
+    return write_world(pair)
+
+
 @pytest.fixture
 def command(pair, tmp_path):
     """command(lr=0.1, ...) -> the arguments of a tiny run in tmp_path/runs/a, which keywords change; None
@@ -90,18 +106,35 @@ def reference_flash(q_NQH, k_MRH, v_MRH, at):
     return out
 
 
+PLAIN = [(rollout, "head_product"), (rollout.Slots, "decode"), (model_file, "masked_attention"),
+         (model_file.Linear, "forward"), (losses, "few_rows")]
+PLAIN = [(place, name, getattr(place, name)) for place, name in PLAIN]
+
+
+@pytest.fixture(autouse=True)
+def plain_ways():
+    """Each test begins with the plain functions of the core, whatever faster ones a model of an earlier test put in
+    their place."""
+    for place, name, function in PLAIN:
+        setattr(place, name, function)
+
+
 @pytest.fixture
 def flash(monkeypatch):
-    """The paths of a GPU, with a slow and plain kernel."""
-    for file in (attention, model_file):
-        monkeypatch.setattr(file, "flash_ready", lambda *_: True)
-    monkeypatch.setattr(attention, "flash", reference_flash)
+    """The paths of a GPU, with a slow and plain kernel, for every model that is loaded from now on (one that is there
+    already: extras.fast.flash.on_model). Decode steps are launched one by one."""
+    from extras.fast import flash as flash_file
+    from extras.fast import graphs
+    monkeypatch.setattr(flash_file, "flash_ready", lambda *_: True)
+    monkeypatch.setattr(flash_file, "flash", reference_flash)
+    monkeypatch.setattr(graphs, "CUDA_GRAPHS", False)
 
 
 @pytest.fixture
 def gpu_paths(flash, monkeypatch):
     """Flash attention in slow motion, and CUDA graphs that note a step instead of running it, then run it when
     replayed. Returns the numbers of rows of the steps that were recorded, replayed, and run as they are."""
+    from extras.fast import graphs
     recorded, replayed, launched, now, step = [], [], [], [], rollout.Slots.step
 
     class Graph:
@@ -125,6 +158,7 @@ def gpu_paths(flash, monkeypatch):
         else:
             launched.append(n)
             step(pool, n)
+    monkeypatch.setattr(graphs, "CUDA_GRAPHS", True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     for name in ("Stream", "current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())

@@ -4,7 +4,7 @@
     written out     3+8=1;1*2=2;2-4=8;8+1=9#9       every step, then # and the answer
     direct          #9                              only # and the answer
 
-Place in the loop: before it. `python train.py` without arguments reads the files that this script wrote:
+`python train.py` without arguments reads the files that this script wrote:
 
     teacher     writes every calculation out and is right (99 %); knows how to go on after a wrong step too
     student     can write out, but answers directly nine times in ten; has rarely seen a `*`
@@ -51,10 +51,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
-from eval import evaluate, load_problems  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
-from weights import load_model  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from eval import evaluate  # noqa: E402
+from model import Transformer  # noqa: E402
+from support.model_config import ModelConfig  # noqa: E402
+from support.problems import load_problems  # noqa: E402
+from support.tokenizer import Tokenizer  # noqa: E402
+from support.weights import load_model  # noqa: E402
 
 DIGITS = 5
 N_TRAIN, N_TEST = 2000, 200

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import common
 from common import Tally, arguments, options, program, run, trouble
-from config import RECIPES, Config
 from inputs import not_finite
 from mutations import read_tensors, write_tensors
+from train import SETTINGS, Config
+
+RECIPES = {name: row.flags for name, row in SETTINGS.recipes.items()}
 
 STEPS = dict(steps=4, save_every=1, eval_every=2, eval_limit=1)
 OTHER = {       # what a recipe needs in the tiny world

@@ -24,8 +24,10 @@ import numpy as np
 import common
 from bombs import template
 from common import ESCAPED, Tally, arguments, options, program, run, trouble
-from config import RECIPES, Config
 from mutations import KINDS, ODD, SPOILS, Case, disturb, dump, read_tensors, short, spoil
+from train import SETTINGS, Config
+
+RECIPES = SETTINGS.recipes
 
 SECONDS, BYTES = 10, 2 * 10**9
 QUICK = dict(steps=1, problems=1, samples=1, max_new_tokens=3, eval_limit=1, eval_teacher=None, verifier=None)

@@ -1,0 +1,15 @@
+"""Faster ways of the same passes, put in place of one named function of the core each, wherever they can run.
+
+    flash.py    attention of packed micro-batches and of a KV cache, on a GPU in half precision
+    graphs.py   decode steps recorded as CUDA graphs
+    cpu.py      the head packed for a few rows; grouped bfloat16 attention of a decode step
+
+The plain function is the specification: tests/extras/ hold each way to it.
+"""
+from extras.fast import cpu, flash, graphs
+
+
+def on_model(model) -> None:
+    cpu.on_model(model)
+    flash.on_model(model)
+    graphs.on_model(model)

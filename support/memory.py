@@ -1,0 +1,339 @@
+"""Memory: what a run will need, said before it is spent.
+
+support/plan.py puts it into words, and support/setup.py asks for it before the weights are loaded. Works from
+config.json files, sizes of tokenizer files and the flags; nothing here allocates, and the device need not be there.
+"""
+import ctypes
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from losses import rows_at_once
+from model import ModelConfig, Transformer
+
+# float32 tensors over the vocabulary that are alive at once while a few rows run their loss
+CHUNK_TENSORS = {"cross_entropy": 4, "skewed_forward_kl": 10, "uld": 11, "skewed_reverse_kl": 13, "jsd": 14, "gold": 14}
+OTHER_DIVERGENCES = 7
+LIBRARIES = 96 * 2**20      # what tokenizers, torch and its kernels take once they are in use
+MAPPED = 2**22              # bytes from which the C library gives a freed block back to the system at once
+FREE_HEAP = 2**26           # what it keeps of smaller ones
+ROOM = 0.75                 # share of the memory that sizes left to `fit` may fill
+PER_TOKENIZER = 7.5         # bytes of an open tokenizer per byte of its tokenizer.json
+PER_BRIDGE = 1.5            # the same of what a bridge adds, per byte of both files: byte tables, an order of tokens
+CHOSEN = ("slots", "micro_batch_tokens", "chunk_rows")     # memory, not mathematics; but they decide how sums round
+
+# what is there only while a phase lasts; everything else in a plan is there all the time
+PHASES = {
+    "sampling": ("KV cache", "logits of the slots", "packed head of the slots"),
+    "evaluation": ("KV cache, logits and head of the evaluation",),
+    "scoring": ("teacher's pass over a micro-batch", "logits of a scored chunk"),
+    "update": ("activations of a micro-batch", "logits of a chunk"),
+    "optimizer step": ("AdamW moments on their visit",),
+    "saving": ("weights as they are written",),
+}
+
+
+# Flags of extras that take or save memory, and what holds where an extra is not there
+ABSENT = {"lora_rank": 0, "offload_optimizer": False, "gradient_checkpointing": False, "self_teacher": "initial",
+          "reference": ""}
+
+
+def flag(cfg, name: str):
+    return getattr(cfg, name, ABSENT[name])
+
+
+def processes() -> int:
+    """How many share the machine. Several put their own count here."""
+    return 1
+
+
+def per_process(plan: dict[str, int]) -> dict[str, int]:
+    """The plan of one of the processes."""
+    return plan
+
+
+# What a run is made of
+
+class Sized(NamedTuple):
+    config: ModelConfig
+    weights: int
+
+
+def sized(config: ModelConfig) -> Sized:
+    with torch.device("meta"):
+        return Sized(config, sum(parameter.numel() for parameter in Transformer(config).parameters()))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the sizes of a run follow from, besides its flags."""
+    device: torch.device                # that it is planned for, here or elsewhere
+    memory: int                         # bytes of that device
+    student: Sized
+    teachers: list[Sized]               # of --teacher; none when there is none, or the student is its own
+    reference: Sized | None             # the model of --reference or the initial student, if the advantage asks for it
+    vocab_size: int                     # real tokens of the student
+    prompt: int                         # tokens of the longest prompt, as the student or a teacher reads it
+    held_out: tuple[int, int] = (1, 1)  # problems; tokens of their longest prompt
+    teacher_vocab: int = 0              # real tokens of the largest teacher with another tokenizer; 0 = none has
+    text: dict[str, int] = field(default_factory=dict)      # text_memory()
+
+
+def text_memory(tokenizer: Path, others: list[Path]) -> dict[str, int]:
+    """Bytes that the text side takes: the student's tokenizer.json and those of teachers that read through a bridge.
+    Measured on byte-level and SentencePiece vocabularies of 128,000 to 256,000 tokens."""
+    files = [path.stat().st_size for path in (tokenizer, *others)]
+    return {"tokenizers": int(PER_TOKENIZER * sum(files)),
+            "bridges between tokenizers": int(PER_BRIDGE * sum(files[0] + size for size in files[1:]))}
+
+
+def compute_dtype(cfg, device: torch.device) -> torch.dtype:
+    return getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+
+
+def auto_chunk(cfg, vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows whose float32 logits take 256 MB on a GPU; on a CPU 2 MB, which stay in cache, but at least 96 rows (192
+    where they take half the memory), fewer of which would not pay for reading the head. dtype: of the products."""
+    if device.type == "cpu":
+        return cfg.chunk_rows or max(384 // dtype.itemsize, 2**19 // vocab_size)
+    return cfg.chunk_rows or max(16, 2**26 // vocab_size)
+
+
+# The parts
+
+def head_widths(c: ModelConfig) -> tuple[int, int]:
+    """Columns of all query heads, of all key or value heads."""
+    return c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+
+def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool, rank: int = 0) -> int:
+    """Bytes that the forward pass of `tokens` tokens leaves for the backward pass. item: bytes of a product's dtype;
+    rank: of the adapters.
+
+    Per norm its input and, unless its weight is frozen, the normed value, both in float32, and its output; per
+    projection its input (and, where the masters are of another dtype, the cast weight); the turned q, k and v;
+    attention's output twice, before and after its heads are put side by side; four tensors of the MLP."""
+    q, kv = head_widths(c)
+    normed = 2 * c.hidden_size + (q + kv) * (c.model_type == "qwen3")
+    norms = normed * (4 if rank else 8) + 2 * c.hidden_size * item
+    per_layer = tokens * (norms + item * (3 * q + 2 * kv + 4 * c.intermediate_size + 7 * rank))
+    if item < 4:
+        per_layer += item * (c.hidden_size * (2 * q + 2 * kv) + 3 * c.hidden_size * c.intermediate_size)
+    # of the layer at work; an adapter has its own beside that of the weight
+    gradients = tokens * item * ((4 if rank else 2) * c.intermediate_size + c.hidden_size)
+    if checkpointing:
+        return per_layer + gradients + tokens * c.hidden_size * item * c.num_hidden_layers
+    return per_layer * c.num_hidden_layers + gradients
+
+
+def forward_pass(c: ModelConfig, tokens: int, item: int) -> int:
+    """Bytes of a forward pass that keeps nothing: the layer at work, its norm in float32."""
+    q, kv = head_widths(c)
+    return tokens * (item * (3 * c.intermediate_size + 2 * (q + kv) + 2 * c.hidden_size) + 8 * c.hidden_size)
+
+
+def adapter_weights(c: ModelConfig, rank: int) -> int:
+    """Numbers in the adapters of a model: rank rows for what goes into each of 7 matrices, and for what comes out."""
+    q, kv = head_widths(c)
+    return rank * c.num_hidden_layers * (4 * c.hidden_size + 2 * q + 2 * kv + 3 * (c.hidden_size + c.intermediate_size))
+
+
+def scorers(cfg, job: Job) -> list[Sized]:
+    """The models that read the student's responses as teachers; the student, where it is its own."""
+    return job.teachers or [job.student] * (cfg.teacher == "self")
+
+
+def frozen_weights(cfg, job: Job) -> int:
+    """Bytes of the models beside the student: teachers, reference, the running average (float32, since it moves)."""
+    item, found = compute_dtype(cfg, job.device).itemsize, sum(teacher.weights for teacher in job.teachers)
+    if cfg.teacher == "self" and flag(cfg, "self_teacher") == "ema":
+        found += job.student.weights * 4 // item
+    if cfg.teacher == "self" and flag(cfg, "self_teacher") == "initial" and not flag(cfg, "lora_rank"):
+        found += job.student.weights
+    if job.reference and (flag(cfg, "reference") or not flag(cfg, "lora_rank")):
+        found += job.reference.weights
+    return item * found
+
+
+def lasting(cfg, job: Job) -> dict[str, int]:
+    """What is there from the first step to the last. Exact, but for libraries and text."""
+    item, weights = compute_dtype(cfg, job.device).itemsize, job.student.weights
+    adapters = adapter_weights(job.student.config, flag(cfg, "lora_rank"))
+    rows = cfg.problems * cfg.samples * cfg.max_new_tokens
+    read = [model.config.hidden_size for model in scorers(cfg, job)]
+    reference = job.reference.config.hidden_size if job.reference else 0
+    plan = {"student weights, float32": 4 * (weights + adapters),
+            "gradients" if offloads(cfg, job) else "gradients and AdamW moments":
+                (4 if offloads(cfg, job) else 12) * (adapters or weights),
+            "student copy for sampling": 0 if item == 4 else item * weights,
+            "teacher weights": frozen_weights(cfg, job),
+            "teacher hidden states": rows * (max(read, default=0) + reference) * item,
+            "libraries": LIBRARIES}
+    return plan | ({"freed blocks": FREE_HEAP, **job.text} if job.device.type == "cpu" else {})
+
+
+def passing(cfg, job: Job) -> dict[str, int]:
+    """What is there in one phase and gone in the next (PHASES), within a few percent."""
+    s, dtype, cpu = job.student.config, compute_dtype(cfg, job.device), job.device.type == "cpu"
+    item, sequences, length = dtype.itemsize, cfg.problems * cfg.samples, job.prompt + cfg.max_new_tokens
+    tokens = max(min(cfg.micro_batch_tokens, sequences * length), length)
+    chunk = auto_chunk(cfg, job.vocab_size, job.device, dtype)
+    at_once = rows_at_once(chunk, job.vocab_size, job.device)
+    tensors = CHUNK_TENSORS.get(cfg.divergence, OTHER_DIVERGENCES)
+    chunk, at_once = (min(count, sequences * cfg.max_new_tokens) for count in (chunk, at_once))
+    adapters, read = adapter_weights(s, flag(cfg, "lora_rank")), [model.config for model in scorers(cfg, job)]
+    theirs = (job.teacher_vocab or job.vocab_size) if read else 0
+    return {
+        "KV cache": cache(s, min(cfg.slots, sequences), length, item),
+        "logits of the slots": min(cfg.slots, sequences) * job.vocab_size * item,
+        "packed head of the slots": s.hidden_size * job.vocab_size * item * cpu,
+        "KV cache, logits and head of the evaluation": evaluation(cfg, job),
+        "teacher's pass over a micro-batch": max((forward_pass(c, tokens, item) for c in read), default=0),
+        "logits of a scored chunk": 3 * 4 * theirs * chunk,
+        "activations of a micro-batch": kept_activations(s, tokens, item, flag(cfg, "gradient_checkpointing"),
+                                                          flag(cfg, "lora_rank")),
+        "logits of a chunk": (job.vocab_size + theirs) * item * chunk + 4 * tensors * job.vocab_size * at_once,
+        "AdamW moments on their visit": 8 * (adapters or job.student.weights) * offloads(cfg, job),
+        # adapters are merged first; on a CPU masters that are float32 on disk, too, are written as they lie
+        "weights as they are written": job.student.weights * (4 * bool(adapters) + 2 * (cpu and on_disk(s) == 2)),
+    }
+
+
+def evaluation(cfg, job: Job) -> int:
+    """Bytes of answering the held-out problems. A teacher answers once, when gradients and moments do not exist yet."""
+    item, trained = compute_dtype(cfg, job.device).itemsize, adapter_weights(job.student.config, flag(cfg, "lora_rank"))
+    problems, prompt = job.held_out
+    slots, length = min(cfg.slots, problems * cfg.eval_k), prompt + (cfg.eval_max_new_tokens or cfg.max_new_tokens)
+
+    def answering(c: ModelConfig, vocab_size: int) -> int:
+        head = c.hidden_size * vocab_size * item if job.device.type == "cpu" else 0
+        return cache(c, slots, length, item) + slots * vocab_size * item + head
+    later = (4 if offloads(cfg, job) else 12) * (trained or job.student.weights)
+    teachers = [answering(teacher.config, job.teacher_vocab or job.vocab_size) - later
+                for teacher in job.teachers if cfg.eval_teacher]
+    return max(answering(job.student.config, job.vocab_size), *teachers, 0)
+
+
+def cache(c: ModelConfig, slots: int, length: int, item: int) -> int:
+    return slots * length * 2 * c.num_hidden_layers * head_widths(c)[1] * item
+
+
+def on_disk(c: ModelConfig) -> int:
+    """Bytes of a weight in the student's files, and so in what is saved."""
+    return 2 if c.raw.get("dtype", c.raw.get("torch_dtype")) in ("bfloat16", "float16") else 4
+
+
+def offloads(cfg, job: Job) -> bool:
+    return flag(cfg, "offload_optimizer") and job.device.type != "cpu"
+
+
+def host_plan(cfg, job: Job) -> dict[str, int]:
+    """Bytes of a GPU run in the machine's own memory, besides Python, torch and CUDA themselves. A checkpoint is
+    written from there, so the trained weights and their moments come by each time."""
+    if job.device.type == "cpu":
+        return {}
+    trained = adapter_weights(job.student.config, flag(cfg, "lora_rank")) or job.student.weights
+    moments = 8 * trained if offloads(cfg, job) else 0
+    written = max(on_disk(job.student.config) * job.student.weights, 12 * trained - moments)
+    return {"AdamW moments": moments, "a checkpoint as it is written": written, **job.text}
+
+
+def memory_plan(cfg, job: Job) -> dict[str, int]:
+    """Bytes on the device, by what they are for, of one of the processes. cfg names slots and micro_batch_tokens."""
+    return per_process(lasting(cfg, job) | passing(cfg, job))
+
+
+def fullest(plan: dict[str, int]) -> str:
+    """The phase that needs most."""
+    return max(PHASES, key=lambda phase: sum(plan.get(name, 0) for name in PHASES[phase]))
+
+
+def peak(plan: dict[str, int]) -> int:
+    """What is there all the time, plus the fullest phase: what one phase takes is freed before the next begins."""
+    passing_names = {name for names in PHASES.values() for name in names}
+    return (sum(size for name, size in plan.items() if name not in passing_names)
+            + sum(plan.get(name, 0) for name in PHASES[fullest(plan)]))
+
+
+# Choosing sizes
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the whole device; for a CPU those of the machine or the container, shared by the processes. Not what is
+    free: the sizes chosen from it decide in which order sums are taken, and should be the same tomorrow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):        # of control groups, second and first version
+        try:
+            whole = min(whole, int(Path("/sys/fs/cgroup", limit).read_text()))
+        except (OSError, ValueError):       # not there, or "max"
+            pass
+    return whole // processes()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that nobody uses at the moment; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def fit(cfg, job: Job):
+    """cfg with slots, micro_batch_tokens and chunk_rows filled in where they are 0: the largest of a few sizes with
+    which the plan stays below three quarters of the memory, or the smallest when none does."""
+    room = ROOM * job.memory
+    most = 2**11 if job.device.type == "cpu" else 2**16     # larger ones are no faster
+    chosen = replace(cfg, slots=cfg.slots or 1, micro_batch_tokens=cfg.micro_batch_tokens or 1)
+    for name, sizes in (("slots", [2**n for n in range(8, 2, -1)]),
+                        ("micro_batch_tokens", [most >> n for n in range(6)])):
+        if not getattr(cfg, name):
+            trials = (replace(chosen, **{name: size}) for size in sizes)
+            fitting = (c for c in trials if peak(memory_plan(c, job)) <= room)
+            chosen = next(fitting, replace(chosen, **{name: sizes[-1]}))
+    return replace(chosen, chunk_rows=auto_chunk(cfg, job.vocab_size, job.device, compute_dtype(cfg, job.device)))
+
+
+# What was used
+
+def resident(field: str) -> int:
+    """Bytes of this process, from a Linux kernel: VmRSS now, VmHWM at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(field)
+
+
+def used_memory(device: torch.device, since: int = 0) -> int:
+    """Bytes: the most that was ever in use on a GPU; of a process the most resident memory, less `since`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):     # rusage's peak begins at that of the process that started this one
+        return resident("VmHWM") - since
+    import resource     # not on Windows
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024) - since
+
+
+def size_text(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def give_back_freed_memory() -> None:
+    """Tell glibc to hand large freed blocks back to the system at once instead of keeping them in pieces: chunk after
+    chunk of logits otherwise leaves a heap of 1.1 full logits tensors behind, with this 0.1 (bench/loss.py). Large is
+    above 4 MB: blocks that are paged in anew at every use cost more than the arithmetic on them. Smaller ones stay in
+    the heap, whose free end is handed back only beyond 64 MB, for the same reason. Elsewhere: nothing."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, MAPPED)        # M_MMAP_THRESHOLD, which grows by itself unless it is set
+        libc.mallopt(-1, FREE_HEAP)     # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass

@@ -1,0 +1,72 @@
+"""The memory plan equals the tensors of a step."""
+import pytest
+import torch
+from helpers import adamw, collect, one_step, ready
+
+import train
+from extras.lora import add_lora
+from model import KVCache, Transformer
+from support import memory
+from support.model_config import ModelConfig
+
+VOCAB = 20      # of conftest's tokenizer
+
+
+@pytest.mark.parametrize("flags", [{}, {"dtype": "bfloat16"}, {"lora_rank": 2},
+                                   {"dtype": "bfloat16", "lora_rank": 3}], ids=str)
+def test_memory_plan_equals_the_tensors_of_a_step(command, flags):
+    """Stop ids that no one samples: every response has full length.
+    fails if: the plan miscounts adapters, moments, the sampler's copy, a cache entry or a hidden state."""
+    run = ready(command, problems=10, samples=1, slots=7, **flags)
+    run.tokenizer.stop_ids, caches, optimizer = (VOCAB + 1,), [], adamw(run)
+    run.actor.cache_type = lambda *args: caches.append(KVCache(*args)) or caches[-1]
+    one_step(run, optimizer)
+    (part,) = run.teacher.parts(collect(run))
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    tensors = {
+        "student weights, float32": run.student.parameters(), "teacher weights": run.kind.models[0].parameters(),
+        "gradients and AdamW moments": moments + [p.grad for _, p in run.student.trainable()],
+        "student copy for sampling": [] if run.actor is run.student else run.actor.parameters(),
+        "KV cache": caches[0].keys + caches[0].values, "teacher hidden states": [part.hidden_nE]}
+    student, *teachers = (memory.sized(model.config) for model in (run.student, *run.kind.models))
+    plan = memory.memory_plan(run.cfg, memory.Job(run.student.device, 2**34, student, teachers, None, VOCAB,
+                                              max(map(len, run.prompts))))
+    assert {name: plan[name] for name in tensors} == {
+        name: sum(x.numel() * x.element_size() for x in held) for name, held in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_planned_activations_are_what_autograd_keeps(family, rank, dtype):
+    """fails if: the plan forgets a tensor per layer, or counts one that is not kept, say the normed value of a frozen
+    norm."""
+    raw = dict(model_type=family, vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=16,
+               num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
+    model = Transformer(ModelConfig.from_dict(raw), dtype).init_weights(0)
+    if rank:
+        add_lora(model, rank, rank)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor      # held, so that no address comes twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model(torch.zeros(8, 128, dtype=torch.int64))
+    found = sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in weights)
+    most = memory.kept_activations(model.config, 8 * 128, dtype.itemsize, False, rank)
+    assert out.requires_grad and 0.9 < found / most < 1.0
+
+
+def test_the_peak_counts_the_larger_phase():
+    """fails if: cache and activations, which are never there together, are added up."""
+    plan = {"weights": 100, "KV cache": 7, "activations of a micro-batch": 3, "logits of a chunk": 2}
+    assert memory.peak(plan) == 107 and memory.peak({**plan, "logits of a chunk": 9}) == 112
+
+
+def test_plan_prints_and_writes_nothing(command, tmp_path, capsys):
+    """fails if: --plan loads weights into a run folder, or trains."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(command(plan=True))
+    assert stopped.value.code == 0 and not (tmp_path / "runs").exists()
+    assert capsys.readouterr().out.startswith("plan    fits: about ")
