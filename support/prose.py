@@ -1,8 +1,8 @@
 r"""Where the answer stands in a text that marks none by a box or ####.
 
-Candidates are numbers, calculations (`6 * 7`) and mathematics between $...$, $$...$$, \(...\) and \[...\]. The answer is what
-follows `final answer is`, else `answer:`, else `answer`; where several of one kind do, the last of them. Without these
-words it is the last candidate.
+Candidates are numbers, calculations (`6 * 7`) and mathematics between $...$, $$...$$, \(...\) and \[...\]. The answer
+is what follows `final answer is`, else `answer:`, else `answer`; where several of one kind do, the last of them.
+Without these words it is the last candidate.
 
 What counts as a candidate is math-verify's choice: the two read the same place or this one reads nothing. So (42), "42"
 and x5 hold no number, 5x holds 5, and 12,34 is 12.34. Every repetition is bounded, so time is linear.
@@ -26,7 +26,8 @@ GOES_ON = re.compile(r"[eE][-+]?[0-9]|\s?\\(?!text|quad|mathrm)[a-zA-Z]")       
 BEFORE_SUM, AFTER_SUM = re.compile(r"[0-9]\.\s{1,3}$"), re.compile(r"[.,:\s)$]|$")      # not `2. 6 * 7`, not `6 * 7b`
 
 SPAN = re.compile(
-    r"\$\$((?:\\.|[^$\\]){1,400})\$\$|(?<![\\0-9])\$((?:\\[^\n]|[^\n$\\]){1,400})\$|\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)"
+    r"\$\$((?:\\.|[^$\\]){1,400})\$\$|(?<![\\0-9])\$((?:\\[^\n]|[^\n$\\]){1,400})\$"
+    r"|\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)"
     r"|(?<=\s)\[([^\n\]\[]{1,400})\](?=\s)|(-?\\frac\{-?[0-9]+(?:\.[0-9]+)?\}\{-?[0-9]+(?:\.[0-9]+)?\})", re.DOTALL)
 SPAN_PERCENT = re.compile(r"\s{0,3}(?:\\?%|[Pp]ercent|[Pp]ct)")
 CHAIN = re.compile(r"\s{0,3}(?:,?and|,?or|,)\s{0,3}")                   # $1$ and $2$ are one answer, a list

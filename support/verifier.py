@@ -1,7 +1,7 @@
 r"""The verifier: where the answer stands in a response, and whether it is the right one.
 
-Grading = extraction (find the answer in the text), then equality of values (support/answers.py): linear in the length of
-the text, nothing executed. `auto` is held to math-verify 0.9, and tests/attack/verifier.py compares the two.
+Grading = extraction (find the answer in the text), then equality of values (support/answers.py): linear in the length
+of the text, nothing executed. `auto` is held to math-verify 0.9, and tests/attack/verifier.py compares the two.
 """
 import re
 from operator import itemgetter

@@ -104,7 +104,8 @@ def test_extract_finds_the_answer(text, verifier, found):
 EQUAL = [       # every member of a group equals every other, and no member of another group
     ["1234", "1,234", "01234", "+1234", "1234.0", "1.234E3", "1234E0", " 1234 ", "$1,234$", "\\$1234", "\\text{1234}",
      "1{,}234", "1,\\!234", "\\(1234\\)", "2468/2", "1.2340E+03", "1.234\\times10^3", "1.234 \\cdot 10^{3}", "{1234}",
-     "\\textbf{1234}", "{{1234}}", "1234\\text{ cm}", "1234 cm", "1234\\,\\mathrm{kg}", "1234\\text{ m}^2", "1234^\\circ",
+     "\\textbf{1234}", "{{1234}}", "1234\\text{ cm}", "1234 cm", "1234\\,\\mathrm{kg}",
+     "1234\\text{ m}^2", "1234^\\circ",
      "1234 square meters", "1200+34", "\\sqrt{1522756}"],
     ["-3", "\u22123", "- 3", "-3.0", "$-3$", "-6/2", "\\frac{-6}{2}", "-\\frac{6}{2}", "\\frac{6}{-2}", "\\text{-3}"],
     ["0.5", ".5", "0.50", "1/2", "\\frac{1}{2}", "\\frac12", "\\frac 1 2", "\\frac1{2}", "\\frac{1}2", "2^{-1}",
@@ -128,17 +129,22 @@ EQUAL = [       # every member of a group equals every other, and no member of a
     ["2\\frac{3}{2}", "7/2"],
     ["\\frac{\\sqrt{3}}{2}", "\\dfrac{\\sqrt{3}}{2}", "$\\tfrac{\\sqrt{3}}{2}$", "\\sqrt3/2", "\\frac12\\sqrt3",
      "\\frac{3}{2\\sqrt3}", "\\frac{\\sqrt{12}}{4}", "\\sqrt{\\frac34}", "(3^{1/2})/2"],
-    ["\\sqrt2", "\\sqrt{2}", "\\sqrt 2", "\\frac{2}{\\sqrt2}", "\\frac{1}{\\sqrt2-1}-1"], ["\\sqrt[3]{2}"], ["\\sqrt{3}"],
-    ["\\frac{\\pi}{2}", "\\pi/2", "0.5\\pi", "\\frac12 \\pi", "π/2", "\\frac{\\pi}{2}\\text{ cm}"], ["1/2\\pi"], ["\\frac\\pi2"],
+    ["\\sqrt2", "\\sqrt{2}", "\\sqrt 2", "\\frac{2}{\\sqrt2}", "\\frac{1}{\\sqrt2-1}-1"], ["\\sqrt[3]{2}"],
+    ["\\sqrt{3}"],
+    ["\\frac{\\pi}{2}", "\\pi/2", "0.5\\pi", "\\frac12 \\pi", "π/2", "\\frac{\\pi}{2}\\text{ cm}"], ["1/2\\pi"],
+    ["\\frac\\pi2"],
     ["x+1", " x + 1 ", "1+x", "\\left(x+1\\right)", "x + 2 - 1", "X+1"], ["x+2"],
     ["x^2-1", "(x+1)(x-1)", "x^{2} - 1", "-1+x\\cdot x"], ["\\frac{x^2-1}{x}", "x-1/x", "x-x^{-1}"],
     ["2^n", "2^{n}"], ["\\ln 2", "\\ln(2)", "\\ln{2}"], ["f(x)"], ["n!"],
     ["x=5", "x = 5", "x = \\frac{10}{2}", "x \\approx 5", "x=5\\text{ cm}"], ["y = 5"], ["5 = x"],
-    ["x = 1, 2", "x=2,x=1", "x = 1 \\text{ or } x = 2", "x \\in \\{1, 2\\}"], ["a = 1, b = 2", "b=2, a=1"], ["a = 2, b = 1"],
+    ["x = 1, 2", "x=2,x=1", "x = 1 \\text{ or } x = 2", "x \\in \\{1, 2\\}"], ["a = 1, b = 2", "b=2, a=1"],
+    ["a = 2, b = 1"],
     ["\\pm 3", "3, -3", "\\{-3,3\\}"], ["1\\pm\\sqrt2", "1+\\sqrt{2}, 1-\\sqrt{2}"],
     ["x<3", "3 > x"], ["x>3", "3<x"], ["x \\le 3", "x\\leq3", "3 \\ge x", "x≤3", "x <= 3"], ["1<x<2"],
-    ["\\leftarrow"], ["arrow"], ["B", "(B)", "b", "\\text{(B)}", "\\textbf{(B)}", "\\mathrm{B}"], ["\\textbf{(B)} 5"], ["I"],
-    ["Monday", "\\text{Monday}", "\\textbf{ monday }", "MonDay".lower()], ["no solution", "\\text{No solution}"], ["no more"],
+    ["\\leftarrow"], ["arrow"], ["B", "(B)", "b", "\\text{(B)}", "\\textbf{(B)}", "\\mathrm{B}"],
+    ["\\textbf{(B)} 5"], ["I"],
+    ["Monday", "\\text{Monday}", "\\textbf{ monday }", "MonDay".lower()], ["no solution", "\\text{No solution}"],
+    ["no more"],
     ["\\text{no more}"], ["\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"],
     ["9" * 5000, "0" + "9" * 5000 + ".0"], ["9" * 5001], ["__import__('os').getcwd()"],
 ]
@@ -176,7 +182,7 @@ GRADE = [       # text, answer, verifier -> verdict
     ("\\boxed{{3}}", "3", "auto", True),
     ("we get $\\frac{1}{2}$.", "0.5", "auto", True),
     ("Paid 5 by customer #3", "3", "auto", False),
-    ("\\boxed{4.6\\times10^2}", "460", "auto", False),       # 459.99999999999994 in floating point, so wrong to math-verify
+    ("\\boxed{4.6\\times10^2}", "460", "auto", False),       # 459.99999999999994 in floating point, so wrong there
     ("\\boxed{4.6\\times10^2}", "4.6 \\cdot 10^{2}", "auto", True),
     ("\\boxed{1.2\\times10^3}", "1200", "auto", True),
     ("\\boxed{2t+3}", "3+2t", "auto", False),               # there the last t is a unit, tons
@@ -218,14 +224,17 @@ def test_grading_time_is_linear_in_the_text():
     n, start = 20_000, time.process_time()
     texts = ["9" * n, "1,111" * n, "1/" * n, "1e" * n, "-" * n, "1 " * n, "#" * n, "#1" * n, "\\" * n,
              "^ " * n, "\\boxed{" * n, "\\boxed{" + "{" * n, "\\boxed" + " " * n, "1" + " " * n + "1",
-             "\\frac11" * n, "answer 1" * n, "answer$$" * n, "answer$1$ " * n, "\\[" * n, "\\( " * n, "$1" * n, "$ $" * n,
+             "\\frac11" * n, "answer 1" * n, "answer$$" * n, "answer$1$ " * n, "\\[" * n, "\\( " * n, "$1" * n,
+             "$ $" * n,
              "final answer is " * n, "answer = " * n, "\\boxed{1}" * n, "x$\\boxed{1}$" * n, "####1 " * n, "1+" * n]
     boxed = ["9" * n, "9" * n + "%", "0" * n + "5", "1e" + "9" * n, "." * n, "1" * n + "/" + "7" * n,
              "{" * n + "}" * n, "1" * n + " 1/2", "\\frac{" * n + "}" * n, "\\text{" * n + "}" * n,
              "1e999999999999999999", "1e-999999999999999999"]
     short = ["(x+y+z)^{99}", "((x+1)^{40})^{40}", "9^{99}" * 40, "{{{" * 90, "(" * 290, "\\sqrt{" * 40 + "2" + "}" * 40,
-             "x^" * 140, "\\frac{1}{" * 25 + "x+y" + "}" * 25, "\\sqrt{999999999989}", "a+b" * 90, "1,2;" * 70, "\\pm" * 90,
-             "9" * 299 + "\\frac{1}{3}", "x=" * 140, "1E999999999%", "1E999999999+1", "1E99999999999", "((x+y)^{7}(y+z)^{7})^{7}"]
+             "x^" * 140, "\\frac{1}{" * 25 + "x+y" + "}" * 25, "\\sqrt{999999999989}", "a+b" * 90, "1,2;" * 70,
+             "\\pm" * 90,
+             "9" * 299 + "\\frac{1}{3}", "x=" * 140, "1E999999999%", "1E999999999+1", "1E99999999999",
+             "((x+y)^{7}(y+z)^{7})^{7}"]
     for text in texts + [f"\\boxed{{{inner}}}" for inner in boxed + short]:
         ev.grade(text, "1/3")
         ev.grade(text, text)
@@ -235,7 +244,7 @@ def test_grading_time_is_linear_in_the_text():
 def test_auto_is_right_only_where_math_verify_is():
     """fails if: 3 1/2 is read as 7/2 or as 1/2 (a `raise Unread` of Reader.factors dropped)"""
     pytest.importorskip("math_verify", reason="pip install math-verify")
-    attack = Path(__file__).parent / "attack" / "verifier.py"
+    attack = Path(__file__).resolve().parents[1] / "attack" / "verifier.py"
     ended = subprocess.run([sys.executable, attack, "--count", "300"], capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0 and " 0 right here alone" in ended.stdout, ended.stdout + ended.stderr
 
