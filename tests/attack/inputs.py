@@ -137,13 +137,15 @@ def touch(home: Path, rng: random.Random, case: Case) -> str:
         path.rename(path.with_name(path.name + ".bak"))
         return f"{name} is gone"
     if way == "json" and name.endswith((".json", ".jsonl")):
-        lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
-        at = rng.randrange(len(lines))
+        try:
+            lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
+            at = rng.randrange(len(lines))
+            tree, what = disturb(json.loads(lines[at]), rng)
+        except ValueError:      # an earlier touch has left no JSON here
+            return spoil(path, rng, next(iter(SPOILS)))
+        lines[at] = dump(tree)
         if rng.random() < 0.4:
             lines[at], what = (value := rng.choice(ODD)), short(value)
-        else:
-            tree, what = disturb(json.loads(lines[at]), rng)
-            lines[at] = dump(tree)
         path.write_text("\n".join(lines) + "\n")
         return f"{name}, part {at}: {what}"
     return spoil(path, rng, rng.choice([way for way in SPOILS if "zeros" not in way or way == "zeros"]))
