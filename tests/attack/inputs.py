@@ -141,7 +141,7 @@ def touch(home: Path, rng: random.Random, case: Case) -> str:
             lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
             at = rng.randrange(len(lines))
             tree, what = disturb(json.loads(lines[at]), rng)
-        except ValueError:      # an earlier touch has left no JSON here
+        except (ValueError, RecursionError):    # an earlier touch has left no JSON that can be read
             return spoil(path, rng, next(iter(SPOILS)))
         lines[at] = dump(tree)
         if rng.random() < 0.4:
