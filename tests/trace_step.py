@@ -30,10 +30,11 @@ def entered() -> list[tuple[str, str]]:
         optimizer = run.make_optimizer(run.student, run.cfg)
         run.step(run, optimizer, 0, Clock())            # the first one loads what later ones have
         seen: dict[tuple[str, str], None] = {}
+        ours = {str(path) for pattern in ("*.py", "support/**/*.py", "extras/**/*.py") for path in ROOT.glob(pattern)}
 
         def note(frame, event, argument):
             code = frame.f_code
-            if event == "call" and code.co_filename.startswith(str(ROOT)) and not code.co_name.startswith("<"):
+            if event == "call" and code.co_filename in ours and not code.co_name.startswith("<"):
                 seen.setdefault((str(Path(code.co_filename).relative_to(ROOT)),
                                  f"{code.co_name}:{code.co_firstlineno}"))
         sys.setprofile(note)
