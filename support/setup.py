@@ -270,7 +270,8 @@ def read_small_files(cfg, device: torch.device) -> Setup:
     prompts = []
     for problem in train:       # one by one: a template may make each prompt large, and the first says so
         prompts.append(tokenizer.prompt_ids(problem.prompt))
-        check_lengths(cfg.data, [problem], prompts[-1:], "max_new_tokens", cfg.max_new_tokens, config.context, "student")
+        check_lengths(cfg.data, [problem], prompts[-1:], "max_new_tokens", cfg.max_new_tokens, config.context,
+                      "student")
     return Setup(cfg, device, compute_dtype(cfg, device), folder, config, tokenizer, train, first, held_out, prompts)
 
 

@@ -115,8 +115,8 @@ def with_third(pair):
     return pair
 
 
-def interrupted(monkeypatch, command, at, **flags):
-    """Run, stopped for good at step `at`; then the same command again."""
+def stopped(monkeypatch, command, at, **flags):
+    """Run, and stop for good at step `at`."""
     real = train.train_step
 
     def stop(run, optimizer, step, *rest):
@@ -126,6 +126,11 @@ def interrupted(monkeypatch, command, at, **flags):
     monkeypatch.setattr(train, "train_step", stop)
     assert train.main(command(**flags)) == 130
     monkeypatch.setattr(train, "train_step", real)
+
+
+def interrupted(monkeypatch, command, at, **flags):
+    """Run, stopped for good at step `at`; then the same command again."""
+    stopped(monkeypatch, command, at, **flags)
     assert train.main(command(**flags)) == 0
 
 

@@ -125,3 +125,20 @@ def gradients(model):
     model.logits(model(tokens(2, 9))).log_softmax(-1)[..., 0].sum().backward()
     hook.remove()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, len(runs)
+
+
+def reads_the_keys_before_it(attention, dtype, tolerance):
+    """Assert that `attention`, like model.masked_attention, is softmax attention written out head by head."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, *shape, generator=rng, dtype=torch.float64).to(dtype)
+               for shape in ((1, 6, 8), (9, 2, 8), (9, 2, 8)))
+    lengths = [9, 1, 4]
+    mask = torch.zeros(3, 1, 1, 9, dtype=dtype)
+    for slot, length in enumerate(lengths):
+        mask[slot, :, :, length:] = -torch.inf
+    found = attention(q, k, v, mask).view(3, 6, 8).double()
+    for slot, length in enumerate(lengths):
+        for head in range(6):
+            keys, values = (x[slot, :length, head // 3].double() for x in (k, v))
+            weights = (keys @ q[slot, 0, head].double() / 8 ** 0.5).softmax(0)
+            torch.testing.assert_close(found[slot, head], weights @ values, atol=tolerance, rtol=tolerance)

@@ -91,8 +91,10 @@ def test_the_readme_has_a_row_for_each_recipe_and_for_no_other():
 
 def test_the_readme_names_every_module_of_extras_and_no_other():
     readme = (ROOT / "README.md").read_text()
-    named = {name for line in re.findall(r"^\| · (.*?) \|", readme, re.MULTILINE) for name in re.findall(r"`([\w./]+)`", line)}
-    there = {path.name + "/" * path.is_dir() for path in (ROOT / "extras").iterdir() if not path.name.startswith(("_", "."))}
+    named = {name for line in re.findall(r"^\| · (.*?) \|", readme, re.MULTILINE)
+             for name in re.findall(r"`([\w./]+)`", line)}
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "extras").iterdir()
+             if not path.name.startswith(("_", "."))}
     assert named == there
 
 

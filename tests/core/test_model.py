@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from model_cases import (LINEAR, LLAMA3, SHAPE, config_json, edit_json, gap, logits, old_spelling, run_cached, small,
-                         tokens, written)
+from model_cases import (LINEAR, LLAMA3, SHAPE, config_json, edit_json, gap, logits, old_spelling,
+                         reads_the_keys_before_it, run_cached, small, tokens, written)
 
 from model import masked_attention
 from rollout import generate
@@ -49,19 +49,7 @@ def test_greedy_text_equals_transformers(peer):
 def test_one_query_per_slot_reads_the_keys_before_it(dtype, tolerance):
     """Grouped heads, three slots of other lengths, leftovers behind them.
     fails if: a query reads another head's keys or a leftover, or the way of one dtype forgets the mask."""
-    rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, *shape, generator=rng, dtype=torch.float64).to(dtype)
-               for shape in ((1, 6, 8), (9, 2, 8), (9, 2, 8)))
-    lengths = [9, 1, 4]
-    mask = torch.zeros(3, 1, 1, 9, dtype=dtype)
-    for slot, length in enumerate(lengths):
-        mask[slot, :, :, length:] = -torch.inf
-    found = masked_attention(q, k, v, mask).view(3, 6, 8).double()
-    for slot, length in enumerate(lengths):
-        for head in range(6):
-            keys, values = (x[slot, :length, head // 3].double() for x in (k, v))
-            weights = (keys @ q[slot, 0, head].double() / 8 ** 0.5).softmax(0)
-            torch.testing.assert_close(found[slot, head], weights @ values, atol=tolerance, rtol=tolerance)
+    reads_the_keys_before_it(masked_attention, dtype, tolerance)
 
 
 @pytest.mark.parametrize("spelling", ["new", "old"])

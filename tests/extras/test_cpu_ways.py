@@ -1,6 +1,7 @@
 """extras/fast/cpu.py: the packed head and the grouped attention of a bfloat16 decode step are the plain ones."""
 import pytest
 import torch
+from model_cases import reads_the_keys_before_it
 from rollout_cases import same, small, write
 
 import model as model_file
@@ -54,16 +55,4 @@ def test_only_a_model_on_a_cpu_brings_them():
 def test_one_query_per_slot_reads_the_keys_before_it(dtype, tolerance):
     """Grouped heads, three slots of other lengths, leftovers behind them.
     fails if: a query reads another head's keys or a leftover, or the way of one dtype forgets the mask."""
-    rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, *shape, generator=rng, dtype=torch.float64).to(dtype)
-               for shape in ((1, 6, 8), (9, 2, 8), (9, 2, 8)))
-    lengths = [9, 1, 4]
-    mask = torch.zeros(3, 1, 1, 9, dtype=dtype)
-    for slot, length in enumerate(lengths):
-        mask[slot, :, :, length:] = -torch.inf
-    found = cpu.masked_attention(q, k, v, mask).view(3, 6, 8).double()
-    for slot, length in enumerate(lengths):
-        for head in range(6):
-            keys, values = (x[slot, :length, head // 3].double() for x in (k, v))
-            weights = (keys @ q[slot, 0, head].double() / 8 ** 0.5).softmax(0)
-            torch.testing.assert_close(found[slot, head], weights @ values, atol=tolerance, rtol=tolerance)
+    reads_the_keys_before_it(cpu.masked_attention, dtype, tolerance)

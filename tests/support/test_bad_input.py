@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from helpers import stopped
 from safetensors.torch import load_file, save_file
 
 import eval as eval_file
@@ -300,13 +301,7 @@ def test_a_run_folder_that_cannot_be_made(refuses, tmp_path, flags, words):
     ids=["config", "state", "cut", "tensor", "shape"])
 def test_a_damaged_run_folder_is_one_sentence(command, tmp_path, monkeypatch, capsys, damage, words):
     """fails if: resuming from a broken checkpoint ends in a traceback."""
-    real = train.train_step
-    def train_step(run, optimizer, step, clock):
-        if step == 1:
-            raise KeyboardInterrupt
-        return real(run, optimizer, step, clock)
-    monkeypatch.setattr(train, "train_step", train_step)
-    assert train.main(command(save_every=1)) == 130
+    stopped(monkeypatch, command, at=1, save_every=1)
     damage(tmp_path / "runs/a")
     capsys.readouterr()
     assert train.main(command(save_every=1)) == 2

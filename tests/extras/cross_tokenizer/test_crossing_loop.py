@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import CHARACTERS, END
 from crossing_reference import advantages, cross_rows, cut, forward, joined, naive
-from helpers import adamw, close, collect, look, one_step, predictions, ready, sampled, steps_of
+from helpers import adamw, close, collect, interrupted, look, one_step, predictions, ready, sampled, steps_of
 
 import eval as eval_file
 import train
@@ -352,16 +352,7 @@ def test_a_resumed_run_across_tokenizers(world, command, tmp_path, monkeypatch, 
     flags = dict(teacher=world / "foreign", divergence="policy_gradient", steps=3, save_every=1, lr=0.02,
                  min_coverage=0, samples=1)
     assert train.main(command(**flags, runs=tmp_path / "whole")) == 0
-    step = train.train_step
-
-    def stop_at_2(run, optimizer, number, clock):
-        if number == 2:
-            raise KeyboardInterrupt
-        return step(run, optimizer, number, clock)
-    monkeypatch.setattr(train, "train_step", stop_at_2)
-    assert train.main(command(**flags)) == 130
-    monkeypatch.setattr(train, "train_step", step)
-    assert train.main(command(**flags)) == 0
+    interrupted(monkeypatch, command, at=2, **flags)
     for file in ("model.safetensors", "trainer.safetensors"):
         whole, resumed = ((tmp_path / name / "a" / "last" / file).read_bytes() for name in ("whole", "runs"))
         assert whole == resumed, file
