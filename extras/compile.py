@@ -13,6 +13,7 @@ from torch import Tensor
 
 import losses
 import model as model_file
+from extras.fast import ways
 from extras.low_memory import recomputed
 from model import CAUSAL, KVCache, Transformer
 from rollout import generate
@@ -44,9 +45,9 @@ def before_loading(cfg, setup) -> None:
 def attach(run) -> None:
     losses.few_rows, model_file.Linear.forward = plain_rows, plain_linear
     if run.cfg.compile:
-        losses.few_rows = few_rows
+        ways.put("compiled_loss", losses, "few_rows", few_rows)
         if run.student.device.type == "cpu":
-            model_file.Linear.forward = turned_linear
+            ways.put("turned_products", model_file.Linear, "forward", turned_linear)
         for model in run.models():
             compile_model(model)
         run.before_first_step.append(warm_up)
@@ -58,14 +59,18 @@ def compile_model(model: Transformer) -> None:
     decode = torch.compile(plain, dynamic=True)
 
     def forward(tokens_BT: Tensor, keys=CAUSAL) -> Tensor:
+        decoding = isinstance(keys, KVCache) and keys.longest > 0
+        if ("compiled_decode" if decoding else "compiled_layers") in ways.aside:
+            return plain(tokens_BT, keys)
         if isinstance(keys, KVCache):
-            return decode(tokens_BT, keys) if keys.longest else plain(tokens_BT, keys)
+            return decode(tokens_BT, keys) if decoding else plain(tokens_BT, keys)
         at_BT, seen = keys.begin(tokens_BT)
         x, rope = model.embed(tokens_BT).to(model.compute_dtype), model.rope(at_BT)
         for layer in layers:
             x = layer(x, rope, keys, seen)
         return model.model.norm(x)
-    model.forward = forward
+    for name in ("compiled_layers", "compiled_decode"):
+        ways.put(name, model, "forward", forward)
 
 
 def compiled_layer(layer):
@@ -80,7 +85,7 @@ def turned_linear(linear: model_file.Linear, x: Tensor) -> Tensor:
     every product, which for the weight costs a tenth of a step of 8 to 32 rows (without compilation, turning it round
     costs as much). With fewer float32 rows nothing is reordered. The number of rows is tested last: in the layers of
     the update the test would be a reason to compile again."""
-    decoding = torch.compiler.is_compiling() and x.shape[1] == 1
+    decoding = torch.compiler.is_compiling() and "turned_products" not in ways.aside and x.shape[1] == 1
     if not decoding or not (x.dtype != torch.float32 or len(x) >= 8):
         return F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
     y = (linear.weight.to(x.dtype) @ x[:, 0].T).T[:, None]
@@ -92,6 +97,7 @@ def fused_rows():
     return torch.compile(plain_rows, dynamic=True)
 
 
+@ways.way("compiled_loss", instead_of=plain_rows)
 def few_rows(logits_NV: Tensor, fields: dict, scale_N: Tensor, part, divergence, *rest):
     plain = logits_NV.device.type == "cpu" and divergence in MIXTURES
     return (plain_rows if plain else fused_rows())(logits_NV, fields, scale_N, part, divergence, *rest)

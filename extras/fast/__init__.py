@@ -1,15 +1,43 @@
-"""Faster ways of the same passes, put in place of one named function of the core each, wherever they can run.
+"""Faster ways: proved at start on the run's own models, the plain way where that fails.
 
+Each takes the place of one named function of the core, wherever it can run:
+
+    cpu.py      the head packed for a few rows; grouped bfloat16 attention of a decode step
     flash.py    attention of packed micro-batches and of a KV cache, on a GPU in half precision
     graphs.py   decode steps recorded as CUDA graphs
-    cpu.py      the head packed for a few rows; grouped bfloat16 attention of a decode step
+    merged.py   fewer and larger products in the layers of a model that is not trained, on a GPU
+    ways.py     which ways there are, and which stand aside
+    proof.py    the proof at start
+    young.py    functions of torch that may be missing
 
 The plain function is the specification: tests/extras/ hold each way to it.
 """
-from extras.fast import cpu, flash, graphs
+from dataclasses import dataclass
+
+from extras.fast import cpu, flash, graphs, merged, ways
+from extras.fast.proof import prove
+from support import memory
+from support.flags import opt
+
+
+@dataclass(frozen=True)
+class Flags:
+    plain: str = opt("", f"faster ways to leave out, separated by commas, or all: {', '.join(ways.WAYS)}")
+
+
+def before_loading(cfg, setup) -> None:
+    ways.begin(cfg.plain)
 
 
 def on_model(model) -> None:
     cpu.on_model(model)
     flash.on_model(model)
     graphs.on_model(model)
+
+
+def attach(run) -> None:
+    if memory.processes() == 1:        # several cut the parameters up
+        for model in run.models():
+            if merged.mergeable(model):
+                merged.merge(model)
+        run.before_first_step.append(prove)

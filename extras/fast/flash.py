@@ -12,21 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from extras.fast.ways import put, way
+from extras.fast.young import available, find
 from model import Causal, KVCache, Transformer
 
-FLASH = True        # False: torch's fused attention everywhere
+KERNELS = "torch.nn.attention.varlen.varlen_attn", "torch.ops.aten._flash_attention_forward"    # the better one first
 
 
 @functools.cache
 def flash_ready(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Can torch's flash attention take these? Half precision on a GPU from Ampere on."""
-    return (FLASH and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
-            and head_dim <= 256 and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
+    can = (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
+           and head_dim <= 256 and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
+    if can and not any(map(available, KERNELS)):
+        print(f"fast    flash_rows and flash_cache stand aside: torch {torch.__version__} has neither {KERNELS[0]} with "
+              f"seqused_k nor {KERNELS[1]}; micro-batches are padded, decode steps masked")
+        return False
+    return can
 
 
 def on_model(model: Transformer) -> None:
     if flash_ready(model.device, model.compute_dtype, model.config.head_dim):
-        model.read, model.cache_type = MethodType(read, model), FlashCache
+        put("flash_rows", model, "read", MethodType(read, model))
+        put("flash_cache", model, "cache_type", flash_cache)
 
 
 @dataclass(frozen=True)
@@ -37,20 +45,29 @@ class Packing:
     longest_q: int
     longest_k: int
     used_k: Tensor | None = None    # int32 (S,): how many keys of each sequence are real; None = all
+    at_S: Tensor | None = None      # int64 (S,): where the cache, its slots end to end, takes the new keys
 
 
 def flash(q_NQH: Tensor, k_MRH: Tensor, v_MRH: Tensor, at: Packing) -> Tensor:
-    """(N, Q, H). The operator under torch.nn.attention.varlen, whose function cannot yet tell in torch 2.11 how many
-    keys of a slot are real, nor share keys between query heads."""
-    return torch.ops.aten._flash_attention_forward(
-        q_NQH, k_MRH, v_MRH, at.first_q, at.first_k, at.longest_q, at.longest_k, 0.0, at.used_k is None, False,
-        seqused_k=at.used_k)[0]
+    """(N, Q, H). Causal, but for one query per slot of a cache, which sees all the keys that are real.
+
+    The public function where it can tell how many keys are real (torch 2.13), else the operator beneath it."""
+    sequences = q_NQH, k_MRH, v_MRH, at.first_q, at.first_k, at.longest_q, at.longest_k
+    if available(KERNELS[0]):
+        window = (-1, 0) if at.used_k is None else (-1, -1)
+        return find(KERNELS[0])(*sequences, window_size=window, enable_gqa=True, seqused_k=at.used_k)
+    return find(KERNELS[1])(*sequences, 0.0, at.used_k is None, False, seqused_k=at.used_k)[0]
 
 
 def packed_attention(q_BTQH: Tensor, k_BSRH: Tensor, v_BSRH: Tensor, at: Packing) -> Tensor:
     """(B, T, Q * H)"""
     B, T, _, _ = q_BTQH.shape
     return flash(q_BTQH.flatten(0, 1), k_BSRH.flatten(0, 1), v_BSRH.flatten(0, 1), at).reshape(B, T, -1)
+
+
+def decode_attention(q_S1QH: Tensor, k_MRH: Tensor, v_MRH: Tensor, at: Packing) -> Tensor:
+    """(S, 1, Q * H): one query per slot of a cache whose slots lie end to end."""
+    return flash(q_S1QH.flatten(0, 1), k_MRH, v_MRH, at).reshape(len(q_S1QH), 1, -1)
 
 
 class Packed(Causal):
@@ -76,15 +93,27 @@ class FlashCache(KVCache):
         B, T = tokens_BT.shape
         if self.longest == 0 or T > 1:
             return super().begin(tokens_BT)
-        first, capacity = torch.arange(B + 1, dtype=torch.int32, device=tokens_BT.device), self.keys[0].shape[1]
-        return self.length_B[:B, None], Packing(first, first * capacity, 1, capacity, (self.length_B[:B] + 1).int())
+        number, capacity = torch.arange(B + 1, dtype=torch.int32, device=tokens_BT.device), self.keys[0].shape[1]
+        first, length_B = number * capacity, self.length_B[:B]
+        return length_B[:, None], Packing(number, first, 1, capacity, (length_B + 1).int(), first[:-1] + length_B)
 
     def attend(self, layer: int, q_BTQH: Tensor, k_BTRH: Tensor, v_BTRH: Tensor, seen) -> Tensor:
         if not isinstance(seen, Packing):
             return super().attend(layer, q_BTQH, k_BTRH, v_BTRH, seen)
-        return packed_attention(q_BTQH, *self.append(layer, k_BTRH, v_BTRH), seen)
+        cached = []
+        for cache, new_BTRH in ((self.keys[layer], k_BTRH), (self.values[layer], v_BTRH)):
+            end_to_end = cache.flatten(0, 1)
+            end_to_end.index_copy_(0, seen.at_S, new_BTRH.flatten(0, 1))    # one kernel for all slots
+            cached.append(end_to_end)
+        return decode_attention(q_BTQH, *cached, seen)
 
 
+@way("flash_cache", instead_of=KVCache)
+def flash_cache(model: Transformer, slots: int, capacity: int) -> FlashCache:
+    return FlashCache(model, slots, capacity)
+
+
+@way("flash_rows", instead_of=Transformer.read)
 def read(model: Transformer, rollout, sequence_b: Tensor, max_tokens: int):
     """Transformer.read without padding. Positions shift by one end to end too: no sequence begins with a response
     token."""

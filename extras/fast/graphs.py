@@ -7,20 +7,21 @@ step to step, and a recorded step cannot change).
 import torch
 
 import rollout
-from extras.fast.flash import FlashCache
+from extras.fast.flash import FlashCache, flash_cache
+from extras.fast.ways import put, stand_aside, way
 
-CUDA_GRAPHS = True          # False: launch every kernel of every decode step
 plain_decode = rollout.Slots.decode
 
 
 def on_model(model) -> None:
-    if model.cache_type is FlashCache:
-        rollout.Slots.decode = decode
+    if model.cache_type is flash_cache:
+        put("graphs", rollout.Slots, "decode", decode)
 
 
+@way("graphs", instead_of=plain_decode)
 def decode(pool: rollout.Slots) -> None:
     """One step of all live slots."""
-    if not (CUDA_GRAPHS and isinstance(pool.cache, FlashCache)):
+    if not isinstance(pool.cache, FlashCache):
         plain_decode(pool)
         return
     pool.cache.longest = min(max(pool.length), pool.cache.keys[0].shape[1] - 1)
@@ -28,13 +29,15 @@ def decode(pool: rollout.Slots) -> None:
     graphs = pool.__dict__.setdefault("graphs", {})     # rows -> its step; None = ran once, not recorded
     # up to a power of two: few graphs, and free rows cost next to nothing
     n = min(1 << (len(pool.request) - 1).bit_length(), len(pool.count_S))
-    if n not in graphs:         # the first step of its kind also loads kernels, which cannot be recorded
-        graphs[n] = None
+    if n in graphs and graphs[n] is None:       # the first step of its kind also loads kernels: it cannot be recorded
+        try:
+            graphs[n] = record(pool, graphs, n)
+        except Exception as error:              # recording runs nothing, so the step is still to be done
+            stand_aside("graphs", error)
+    if graphs.setdefault(n) is None:
         pool.step(n)
-        return
-    if graphs[n] is None:
-        graphs[n] = record(pool, graphs, n)
-    graphs[n].replay()
+    else:
+        graphs[n].replay()
 
 
 def record(pool: rollout.Slots, graphs: dict, n: int) -> torch.cuda.CUDAGraph:
@@ -45,6 +48,8 @@ def record(pool: rollout.Slots, graphs: dict, n: int) -> torch.cuda.CUDAGraph:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         graph.capture_begin(*shared, capture_error_mode="thread_local")    # NCCL's watchdog may go on asking
-        pool.step(n)
-        graph.capture_end()
+        try:
+            pool.step(n)
+        finally:
+            graph.capture_end()     # a stream left in capture would refuse everything that comes after
     return graph

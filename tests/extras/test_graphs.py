@@ -1,9 +1,10 @@
 """extras/fast/graphs.py: recorded decode steps write the text of steps that are launched one by one."""
 import pytest
+import torch
 from rollout_cases import same, small, write
 
 import rollout as rollout_file
-from extras.fast import flash, graphs
+from extras.fast import flash, graphs, ways
 
 
 @pytest.mark.parametrize("slots", [5, 64])
@@ -16,6 +17,7 @@ def test_recorded_steps_write_the_same_text(slots, gpu_paths, monkeypatch):
     model = small()
     flash.on_model(model)
     found = write(model, slots=slots)
+    assert torch.cuda.CUDAGraph.pools == [()] + [("pool",)] * (len(recorded) - 1), "graphs share their memory"
     monkeypatch.undo()
     wanted = write(small(), slots=slots)
     assert same(found, wanted) and (found.logp_BT - wanted.logp_BT).abs().max() < 1e-5
@@ -25,7 +27,7 @@ def test_recorded_steps_write_the_same_text(slots, gpu_paths, monkeypatch):
 
 
 def test_graphs_come_with_a_cache_that_reads_each_slots_own_length(gpu_paths):
-    """fails if: on_model() replaces decode() for every model, or CUDA_GRAPHS False still records"""
+    """fails if: on_model() replaces decode() for every model, or a way that stands aside still records"""
     plain = rollout_file.Slots.decode
     graphs.on_model(small())
     assert rollout_file.Slots.decode is plain
@@ -38,5 +40,6 @@ def test_graphs_come_with_a_cache_that_reads_each_slots_own_length(gpu_paths):
     assert not recorded and not replayed
     launched.clear()
     assert same(write(model), wanted) and recorded and replayed
-    counts, graphs.CUDA_GRAPHS = (len(recorded), len(replayed)), False
+    counts = len(recorded), len(replayed)
+    ways.aside.add("graphs")
     assert same(write(model), wanted) and (len(recorded), len(replayed)) == counts
