@@ -31,7 +31,7 @@ PHASES = {
     "sampling": ("KV cache", "logits of the slots", "packed head of the slots"),
     "evaluation": ("KV cache, logits and head of the evaluation",),
     "scoring": ("teacher's pass over a micro-batch", "logits of a scored chunk"),
-    "update": ("activations of a micro-batch", "logits of a chunk"),
+    "update": ("activations of a micro-batch", "logits of a chunk", "weights as they are multiplied"),
     "optimizer step": ("AdamW moments on their visit",),
     "saving": ("weights as they are written",),
 }
@@ -39,7 +39,7 @@ PHASES = {
 
 # Flags of extras that take or save memory, and what holds where an extra is not there
 ABSENT = {"lora_rank": 0, "offload_optimizer": False, "gradient_checkpointing": False, "self_teacher": "initial",
-          "reference": ""}
+          "reference": "", "compile": False, "plain": "all"}
 
 
 def flag(cfg, name: str):
@@ -115,19 +115,32 @@ def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool
     rank: of the adapters.
 
     Per norm its input and, unless its weight is frozen, the normed value, both in float32, and its output; per
-    projection its input (and, where the masters are of another dtype, the cast weight); the turned q, k and v;
-    attention's output twice, before and after its heads are put side by side; four tensors of the MLP."""
+    projection its input; the turned q, k and v; attention's output twice, before and after its heads are put side by
+    side; four tensors of the MLP."""
     q, kv = head_widths(c)
     normed = 2 * c.hidden_size + (q + kv) * (c.model_type == "qwen3")
     norms = normed * (4 if rank else 8) + 2 * c.hidden_size * item
     per_layer = tokens * (norms + item * (3 * q + 2 * kv + 4 * c.intermediate_size + 7 * rank))
-    if item < 4:
-        per_layer += item * (c.hidden_size * (2 * q + 2 * kv) + 3 * c.hidden_size * c.intermediate_size)
     # of the layer at work; an adapter has its own beside that of the weight
     gradients = tokens * item * ((4 if rank else 2) * c.intermediate_size + c.hidden_size)
     if checkpointing:
         return per_layer + gradients + tokens * c.hidden_size * item * c.num_hidden_layers
     return per_layer * c.num_hidden_layers + gradients
+
+
+def cast_weights(cfg, job: Job) -> int:
+    """Bytes of the weights that an update casts to the dtype of its products: the head, and the projections of all
+    layers, or of one at a time where activations are recomputed. None where it multiplies with the sampler's copy
+    (extras/fast/borrowed.py)."""
+    c, item = job.student.config, compute_dtype(cfg, job.device).itemsize
+    borrows = not (flag(cfg, "lora_rank") or flag(cfg, "compile") or processes() > 1
+                   or {"all", "borrowed_copy"} & set(flag(cfg, "plain").split(",")))
+    if item == 4 or borrows:
+        return 0
+    q, kv = head_widths(c)
+    layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+    layers = 1 if flag(cfg, "gradient_checkpointing") else c.num_hidden_layers
+    return item * (layers * layer + c.hidden_size * job.vocab_size)
 
 
 def forward_pass(c: ModelConfig, tokens: int, item: int) -> int:
@@ -196,6 +209,7 @@ def passing(cfg, job: Job) -> dict[str, int]:
         "logits of a scored chunk": 3 * 4 * theirs * chunk,
         "activations of a micro-batch": kept_activations(s, tokens, item, flag(cfg, "gradient_checkpointing"),
                                                           flag(cfg, "lora_rank")),
+        "weights as they are multiplied": cast_weights(cfg, job),
         "logits of a chunk": (job.vocab_size + theirs) * item * chunk + 4 * tensors * job.vocab_size * at_once,
         "AdamW moments on their visit": 8 * (adapters or job.student.weights) * offloads(cfg, job),
         # adapters are merged first; on a CPU masters that are float32 on disk, too, are written as they lie

@@ -6,6 +6,7 @@ Each takes the place of one named function of the core, wherever it can run:
     flash.py    attention of packed micro-batches and of a KV cache, on a GPU in half precision
     graphs.py   decode steps recorded as CUDA graphs
     merged.py   fewer and larger products in the layers of a model that is not trained, on a GPU
+    borrowed.py the update multiplies with the sampler's copy of the weights
     ways.py     which ways there are, and which stand aside
     proof.py    the proof at start
     young.py    functions of torch that may be missing
@@ -14,7 +15,7 @@ The plain function is the specification: tests/extras/ hold each way to it.
 """
 from dataclasses import dataclass
 
-from extras.fast import cpu, flash, graphs, merged, ways
+from extras.fast import borrowed, cpu, flash, graphs, merged, ways
 from extras.fast.proof import prove
 from support import memory
 from support.flags import opt
@@ -40,4 +41,6 @@ def attach(run) -> None:
         for model in run.models():
             if merged.mergeable(model):
                 merged.merge(model)
+        if borrowed.lends(run.student, run.actor) and not getattr(run.cfg, "compile", False):
+            borrowed.borrow(run.student, run.actor)     # compiled layers cast by themselves
         run.before_first_step.append(prove)

@@ -17,6 +17,7 @@ WAYS = {        # every way there is, and what it takes the place of; later ones
     "packed_head": "rollout.head_product, on a CPU",
     "grouped_attention": "model.masked_attention, in bfloat16 on a CPU",
     "merged_layers": "model.Layer.forward, on a GPU",
+    "borrowed_copy": "model.Linear.forward of a student that trains in float32 and multiplies in less",
     "flash_rows": "model.Transformer.read, on a GPU in half precision",
     "flash_cache": "model.KVCache, on a GPU in half precision",
     "graphs": "rollout.Slots.decode, with flash_cache",

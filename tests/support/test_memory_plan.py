@@ -7,7 +7,9 @@ import train
 from extras.lora import add_lora
 from model import KVCache, Transformer
 from support import memory
+from support.flags import parse
 from support.model_config import ModelConfig
+from support.setup import set_up
 
 VOCAB = 20      # of conftest's tokenizer
 
@@ -55,7 +57,23 @@ def test_planned_activations_are_what_autograd_keeps(family, rank, dtype):
         out = model(torch.zeros(8, 128, dtype=torch.int64))
     found = sum(x.untyped_storage().nbytes() for address, x in kept.items() if address not in weights)
     most = memory.kept_activations(model.config, 8 * 128, dtype.itemsize, False, rank)
+    if dtype != torch.float32:      # and the weights that were cast
+        most += dtype.itemsize * sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
     assert out.requires_grad and 0.9 < found / most < 1.0
+
+
+@pytest.mark.parametrize("flags, cast", [(dict(plain="borrowed_copy"), True), (dict(plain="all"), True), ({}, False),
+                                         (dict(lora_rank=4), True), (dict(dtype="float32"), False)], ids=str)
+def test_weights_are_cast_once_more_unless_the_samplers_are_borrowed(command, flags, cast):
+    """fails if: the plan counts the cast weights of a run that has none, or forgets them"""
+    cfg, _ = parse(command(**{"dtype": "bfloat16", **flags}), train.SETTINGS)
+    run = set_up(cfg, {})
+    student = memory.sized(run.student.config)
+    job = memory.Job(run.student.device, 2**34, student, [], None, VOCAB, 8)
+    casts = sum(p.numel() for name, p in run.student.named_parameters()
+                if "_proj.weight" in name or name == "model.embed_tokens.weight")
+    spare = run.student.config.hidden_size * (run.student.config.vocab_size - VOCAB)     # padding rows are not cast
+    assert memory.memory_plan(run.cfg, job)["weights as they are multiplied"] == 2 * cast * (casts - spare)
 
 
 def test_the_peak_counts_the_larger_phase():
