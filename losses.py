@@ -717,9 +717,8 @@ def zero_gradients(student) -> None:
     """Zeros, not None: the head's gradient is added by hand."""
     for _, parameter in student.trainable():
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        else:
-            parameter.grad.zero_()
+            parameter.grad = torch.empty_like(parameter)
+        parameter.grad.zero_()
 
 
 def backward(student, rollout, parts: list, fields_N: dict[str, Tensor], scale_N: Tensor, divergence, args,

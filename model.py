@@ -75,31 +75,25 @@ class KVCache(Causal):
         self.length_B = torch.zeros(slots, dtype=torch.int64, device=device)
         self.longest = 0        # length_B.max() as the host knows it, or more: how far a pass reads; 0: all slots empty
 
-    def begin(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-        B, T = tokens_BT.shape
-        at_BT = self.length_B[:B, None] + torch.arange(T, device=tokens_BT.device)
+    def begin(self, tokens_BT: Tensor):
+        """(positions; None while all slots are empty, else the mask of each query and where the new keys go)."""
+        (B, T), device = tokens_BT.shape, tokens_BT.device
+        at_BT = self.length_B[:B, None] + torch.arange(T, device=device)
         if self.longest == 0:
             return at_BT, None
-        later = torch.arange(self.longest + T, device=tokens_BT.device) > at_BT[:, None, :, None]
-        zeros = torch.zeros(later.shape, dtype=self.keys[0].dtype, device=later.device)
-        return at_BT, zeros.masked_fill(later, -math.inf)
+        later = torch.arange(self.longest + T, device=device) > at_BT[:, None, :, None]
+        zeros = torch.zeros(later.shape, dtype=self.keys[0].dtype, device=device)
+        return at_BT, (zeros.masked_fill(later, -math.inf), (torch.arange(B, device=device)[:, None], at_BT))
 
-    def attend(self, layer: int, q_BTQH: Tensor, k_BTRH: Tensor, v_BTRH: Tensor, seen: Tensor | None) -> Tensor:
-        B, T, _, _ = k_BTRH.shape
+    def attend(self, layer: int, q_BTQH: Tensor, k_BTRH: Tensor, v_BTRH: Tensor, seen) -> Tensor:
+        (B, T), keys, values = k_BTRH.shape[:2], self.keys[layer], self.values[layer]
         if seen is None:                # prefill of empty slots: nothing older to read
-            self.keys[layer][:B, :T], self.values[layer][:B, :T] = k_BTRH, v_BTRH
+            keys[:B, :T], values[:B, :T] = k_BTRH, v_BTRH
             return super().attend(layer, q_BTQH, k_BTRH, v_BTRH, None)
-        k, v = self.append(layer, k_BTRH, v_BTRH)
-        return masked_attention(q_BTQH, k[:, :self.longest + T], v[:, :self.longest + T], seen)
-
-    def append(self, layer: int, k_BTRH: Tensor, v_BTRH: Tensor) -> tuple[Tensor, Tensor]:
-        """Write behind each sequence; (keys, values) of the first B slots, whole."""
-        B, T, _, _ = k_BTRH.shape
-        rows_B1 = torch.arange(B, device=k_BTRH.device)[:, None]
-        at_BT = self.length_B[:B, None] + torch.arange(T, device=k_BTRH.device)
+        mask_B1TS, at = seen
         # written through the whole tensors: in a compiled step, a write through a view would copy the cache
-        self.keys[layer][rows_B1, at_BT], self.values[layer][rows_B1, at_BT] = k_BTRH, v_BTRH
-        return self.keys[layer][:B], self.values[layer][:B]
+        keys[at], values[at] = k_BTRH, v_BTRH
+        return masked_attention(q_BTQH, keys[:B, :self.longest + T], values[:B, :self.longest + T], mask_B1TS)
 
     def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor) -> None:
         """Slots `to` become copies of `source`'s slots `rows` (int64): one prefilled prompt serves all its samples."""

@@ -119,13 +119,12 @@ def train_step(run: Run, optimizer, step: int, clock: Clock) -> dict:
                             f"signal that this teacher does not give")
     with clock("update"):
         moves = [update(run, optimizer, batch, parts, fields_N, scale_N) for _ in range(cfg.updates)]
-    rollout = batch.rollout
     noted = token_metrics(s, batch) | {"weight": weight_N}
     noted |= {"advantage": fields_N["advantage_N"]} if "advantage_N" in fields_N else {}
     return {**step_metrics(moves, batch.on_policy), **summarise(noted, s.position_N, s.length_B[s.sequence_N]),
             "kept": (weight_N > 0).double().mean().item(),
             "mean_length": s.length_B.double().mean().item(),
-            "truncation_rate": 1 - rollout.finished_B.double().mean().item(), "on_policy": int(batch.on_policy),
+            "truncation_rate": 1 - batch.rollout.finished_B.double().mean().item(), "on_policy": int(batch.on_policy),
             "lr": learning_rate(step, cfg, cfg.lr), "tokens": int(s.length_B.sum())}
 
 
@@ -147,13 +146,14 @@ def update(run: Run, optimizer, batch: Batch, parts: list, fields_N: dict[str, T
     cfg, student = run.cfg, run.student
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(batch.step, cfg, group.setdefault("initial_lr", group["lr"]))
+    parameters = [parameter for _, parameter in student.trainable()]
     losses.zero_gradients(student)
     noted = losses.backward(student, batch.rollout, parts, fields_N, scale_N, DIVERGENCES[cfg.divergence], cfg,
                             run.observe)
     more = {}
     for add_gradient in run.gradients:
         more |= add_gradient(run, batch)
-    grad_norm = run.clip([parameter for _, parameter in student.trainable()], cfg.max_grad_norm)
+    grad_norm = run.clip(parameters, cfg.max_grad_norm)
     loss = (noted.pop("loss") * scale_N).sum()
     finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
     if finite and grad_norm > 0:

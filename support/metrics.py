@@ -47,13 +47,13 @@ def diagnostics(r: Rows, top_ids_NK: tuple[Tensor, Tensor] | None = None) -> dic
 def observe(r: Rows, top_ids_NK: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
     """What the loss engine notes of a few rows: how far sampler and trainer are apart, and, beside a teacher's
     distribution, the diagnostics."""
-    noted = {"sampler_gap": (r.student_logp_N() - r.behavior_logp_N).abs()}
-    return noted if r.teacher_NV is None else noted | diagnostics(r, top_ids_NK)
+    noted = {} if r.teacher_NV is None else diagnostics(r, top_ids_NK)
+    return noted | {"sampler_gap": (r.student_logp_N() - r.behavior_logp_N).abs()}
 
 
 def token_metrics(s, batch) -> dict[str, Tensor]:
     """(N,) each: what the responses alone say."""
-    repeat_N = [x for b in range(len(batch.asked)) for x in repeats(batch.rollout.response(b))]
+    repeat_N = [x for token_t in s.token_N.split(s.length_B.tolist()) for x in repeats(token_t.tolist())]
     found = {"repetition_rate": torch.tensor(repeat_N, device=s.token_N.device)}
     return found | {"sampled_entropy": s.student_entropy_N} if batch.on_policy else found
 

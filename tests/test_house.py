@@ -41,7 +41,7 @@ def test_the_top_holds_the_six_files_and_nothing_else():
 def test_the_six_are_read_in_one_evening():
     """fails if: they grow. losses.py is a catalogue, whose entries are read alone."""
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
-    assert sum(lines.values()) <= 2100, lines
+    assert sum(lines.values()) <= 2000, lines
     assert all(count <= 400 for name, count in lines.items() if name != "losses"), lines
 
 
@@ -89,7 +89,7 @@ def test_a_plain_step_opens_few_files():
     done = subprocess.run([sys.executable, str(ROOT / "tests/trace_step.py")], capture_output=True, text=True,
                           timeout=120)
     counts = ast.literal_eval(done.stdout.strip().splitlines()[-1])
-    assert counts["files"] <= 9 and counts["functions"] <= 85 and counts["changes of file"] <= 44, counts
+    assert counts["files"] <= 7 and counts["functions"] <= 78 and counts["changes of file"] <= 31, counts
 
 
 # Without extras

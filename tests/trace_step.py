@@ -1,10 +1,12 @@
 """What a reader opens to follow one plain training step: files, functions, and changes of file in the order of first
 calls.
 
-    python tests/trace_step.py [--list]
+    python tests/trace_step.py [--list] [--extras]
 
 Counts the project's own named functions (comprehensions and lambdas belong to the line they stand in) that one
-train_step of the default run enters, by sys.setprofile. tests/test_house.py holds the counts to their limits.
+train_step of the default run enters, by sys.setprofile. Without --extras as if that folder were not there: what extras
+put in the place of a plain function is not part of what has to be read. tests/test_house.py holds the counts to their
+limits.
 """
 import sys
 import tempfile
@@ -12,6 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from support import extras  # noqa: E402
+
+if "--extras" not in sys.argv:
+    extras.load_extras = lambda: ()
 import train  # noqa: E402
 from support.extras import offers  # noqa: E402
 from support.flags import parse  # noqa: E402
@@ -37,9 +43,10 @@ def entered() -> list[tuple[str, str]]:
             if event == "call" and code.co_filename in ours and not code.co_name.startswith("<"):
                 seen.setdefault((str(Path(code.co_filename).relative_to(ROOT)),
                                  f"{code.co_name}:{code.co_firstlineno}"))
+        clock = Clock()
         sys.setprofile(note)
         try:
-            run.step(run, optimizer, 1, Clock())
+            run.step(run, optimizer, 1, clock)
         finally:
             sys.setprofile(None)
     return list(seen)
