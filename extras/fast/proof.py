@@ -3,8 +3,8 @@ error or is wrong on this machine.
 
     writing     20 ragged prompts in 16 slots, up to 24 new tokens: refills, moves, and 12 steps past the first replay.
                 Compared are the log-probs and entropies that the sampler stores
-    reading     the responses just written, packed against padded: the states, and for the student the gradient of its
-                first layer, which has come through all the others
+    reading     20 ragged sequences, packed against padded: the states, and for the student the gradient of its first
+                layer, which has come through all the others
     the loss    of 48 rows over the whole vocabulary and its gradient, where it is compiled
 
 Both ways are compared with one plain float32 pass, since in bfloat16 neither is right: a fast way may be off by twice
@@ -20,7 +20,7 @@ from torch import Tensor
 import losses
 from extras.fast.ways import SAMPLING, in_use, only, stand_aside
 from model import Transformer
-from rollout import Rollout, generate
+from rollout import Rollout, assemble, generate
 from support.errors import NotFinite, UserError
 from teacher import Part
 
@@ -41,12 +41,24 @@ def in_float32(model: Transformer):
         model.compute_dtype = dtype
 
 
-def write(model: Transformer) -> Rollout:
-    """Random prompts as long as the model's context allows."""
+def sequences(model: Transformer) -> tuple[list[list[int]], list[int], torch.Generator]:
+    """(random prompts, limits), as long as the model's context allows, and what goes on drawing."""
     rng, longest = torch.Generator().manual_seed(0), max(1, min(24, model.config.context // 2))
     prompts = [torch.randint(model.vocab_size, (min(n, longest),), generator=rng).tolist() for n in PROMPTS]
-    limits = [min(n, model.config.context - longest) for n in LIMITS]
+    return prompts, [min(n, model.config.context - longest) for n in LIMITS], rng
+
+
+def write(model: Transformer) -> Rollout:
+    prompts, limits, _ = sequences(model)
     return generate(model, prompts, max_new_tokens=limits, stop_ids=(), slots=SLOTS)
+
+
+def written(model: Transformer) -> Rollout:
+    """Random responses instead of the model's: a teacher may not be able to write."""
+    prompts, limits, rng = sequences(model)
+    responses = [torch.randint(model.vocab_size, (n,), generator=rng) for n in limits]
+    zeros = [torch.zeros(n) for n in limits]
+    return assemble(prompts, responses, zeros, zeros, [False] * len(limits), model.device)
 
 
 def read(model: Transformer, rollout: Rollout) -> Tensor:
@@ -91,10 +103,9 @@ class Reading:
     """Of one rollout, by a student with the gradient of its first layer. The true values are found once."""
 
     def __init__(self, model: Transformer):
-        with only(()):
-            self.rollout = write(model)
-            with in_float32(model):
-                self.true = self.once(model)
+        self.rollout = written(model)
+        with only(()), in_float32(model):
+            self.true = self.once(model)
 
     def once(self, model: Transformer) -> list[Tensor]:
         learned = [parameter for parameter in model.model.layers[0].parameters() if parameter.requires_grad]
@@ -175,7 +186,8 @@ def prove(run, folder, state) -> None:
         return
     begun, tried = time.perf_counter(), in_use()
     for model in sorted(run.models(), key=lambda model: model.title):
-        if model is run.actor or model is not run.student:
+        here = all(parameter.device == model.device for parameter in model.parameters())
+        if here and (model is run.actor or model is not run.student):     # parked teachers read alone
             hold("sampling", model, writing)
         if set(tried) - SAMPLING:
             hold("reading", model, Reading(model))

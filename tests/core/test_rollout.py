@@ -2,15 +2,20 @@
 else, and a finished sequence costs nothing. The draw itself: test_rollout_draw.py; given responses and micro-batches:
 test_rollout_batches.py.
 """
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from rollout_cases import CONTEXT, LIMITS, STOPS, VOCAB, ragged, same, scored, small, texts, write
 
 import rollout as rollout_file
+from extras.fast import flash
 from rollout import Request, generate
 from support.errors import UserError
 from support.model_config import ModelConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 # what is stored
@@ -201,6 +206,56 @@ def test_decode_step_asks_the_host_nothing():
     pool.step(3)
     with pytest.raises(RuntimeError, match="meta"):
         pool.done_S.any().item()
+
+
+class MatrixCasts(TorchDispatchMode):
+    """Notes the shapes of matrices that are cast to another dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].dim() == 2 and len(args[0]) > 21:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_decode_step_casts_no_weight():
+    """A copy in the dtype of the products writes 21 responses; only the student itself would cast.
+    fails if: the copy is stored in another dtype, or a weight is cast at every step"""
+    student = small()
+    student.compute_dtype = torch.bfloat16
+    for model, casts in ((student.copy_as(torch.bfloat16), False), (student, True)):
+        with MatrixCasts() as found:
+            write(model)
+        assert any(shape[-1] in (32, 48) for shape in found.shapes) == casts, found.shapes
+
+
+@pytest.mark.parametrize("put", [lambda model: None, flash.on_model], ids=["plain", "flash"])
+def test_the_cache_is_given_back_with_the_last_token(put, gpu_paths):
+    """fails if: something that outlives generate() holds on to the keys and values, which would then lie beside the
+    update's activations"""
+    model, caches = small(), []
+    put(model)
+    cache_type = model.cache_type
+
+    def noted(*args):
+        cache = cache_type(*args)
+        caches.append(weakref.ref(cache.keys[0]))
+        return cache
+    model.cache_type = noted
+    gc.disable()        # what only the collector would find counts as kept
+    try:
+        write(model)
+        assert caches and all(cache() is None for cache in caches)
+    finally:
+        gc.enable()
+
+
+def test_a_gpu_samples_the_rows_of_a_step_at_once():
+    """256 sequences over 151,936 words. fails if: a GPU goes over the rows in a loop, a few kernels for each few rows"""
+    assert rollout_file.SAMPLE_ENTRIES[False] >= 256 * 151_936
 
 
 @pytest.mark.parametrize("slots, rows", [(64, 7), (5, 2 + 3 + 2 + 2 + 1)])
