@@ -8,6 +8,7 @@ import torch
 
 import losses
 import train
+from extras import fast
 from losses import row_scale
 from model import Transformer
 from rollout import generate
@@ -29,6 +30,7 @@ class Phases:
             self.actor = student.copy_as(student.compute_dtype)
             for faster in offers("on_model"):
                 faster(self.actor)
+        fast.of_a_run(student, self.actor, {student, self.actor, teacher.requires_grad_(False)}, compile)
         if compile:
             compile_models({student, self.actor, teacher})
         self.teacher = Teacher(teacher, self.cfg)

@@ -36,11 +36,16 @@ def on_model(model) -> None:
     graphs.on_model(model)
 
 
+def of_a_run(student, actor, models, compiles: bool) -> None:
+    """The ways that depend on which model of a run learns, and which one writes."""
+    for model in models:
+        if merged.mergeable(model):
+            merged.merge(model)
+    if borrowed.lends(student, actor) and not compiles:     # compiled layers cast by themselves
+        borrowed.borrow(student, actor)
+
+
 def attach(run) -> None:
     if memory.processes() == 1:        # several cut the parameters up
-        for model in run.models():
-            if merged.mergeable(model):
-                merged.merge(model)
-        if borrowed.lends(run.student, run.actor) and not getattr(run.cfg, "compile", False):
-            borrowed.borrow(run.student, run.actor)     # compiled layers cast by themselves
+        of_a_run(run.student, run.actor, run.models(), getattr(run.cfg, "compile", False))
         run.before_first_step.append(prove)
