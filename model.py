@@ -63,14 +63,15 @@ CAUSAL = Causal()
 class KVCache(Causal):
     """Keys and values of `slots` sequences, each at its own length. The caller owns it and sets `length_B`.
 
-    keys, values: per layer (slots, capacity, R, H). A forward pass with T tokens writes them at positions length_B ...
-    length_B + T - 1 of the first B slots; the caller then advances length_B. Positions past a sequence's length hold
-    leftovers: they are masked while decoding and overwritten before they are reached.
+    keys, values: per layer (slots, R, capacity, H): a CPU reads one head's keys up to four times as fast when they lie
+    together. A forward pass with T tokens writes them at positions length_B ... length_B + T - 1 of the first B slots;
+    the caller then advances length_B. Positions past a sequence's length hold leftovers: they are masked while decoding
+    and overwritten before they are reached.
     """
 
     def __init__(self, model: "Transformer", slots: int, capacity: int):
         c, device, dtype = model.config, model.device, model.compute_dtype
-        shape, layers = (slots, capacity, c.num_key_value_heads, c.head_dim), range(c.num_hidden_layers)
+        shape, layers = (slots, c.num_key_value_heads, capacity, c.head_dim), range(c.num_hidden_layers)
         self.keys, self.values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in layers] for _ in "kv")
         self.length_B = torch.zeros(slots, dtype=torch.int64, device=device)
         self.longest = 0        # length_B.max() as the host knows it, or more: how far a pass reads; 0: all slots empty
@@ -82,42 +83,44 @@ class KVCache(Causal):
         if self.longest == 0:
             return at_BT, None
         later = torch.arange(self.longest + T, device=device) > at_BT[:, None, :, None]
-        zeros = torch.zeros(later.shape, dtype=self.keys[0].dtype, device=device)
-        return at_BT, (zeros.masked_fill(later, -math.inf), (torch.arange(B, device=device)[:, None], at_BT))
+        mask_B1TS = torch.where(later, -math.inf, 0.0).to(self.keys[0].dtype)
+        return at_BT, (mask_B1TS, (torch.arange(B, device=device)[:, None], slice(None), at_BT))
 
     def attend(self, layer: int, q_BTQH: Tensor, k_BTRH: Tensor, v_BTRH: Tensor, seen) -> Tensor:
         (B, T), keys, values = k_BTRH.shape[:2], self.keys[layer], self.values[layer]
         if seen is None:                # prefill of empty slots: nothing older to read
-            keys[:B, :T], values[:B, :T] = k_BTRH, v_BTRH
+            keys[:B, :, :T], values[:B, :, :T] = k_BTRH.transpose(1, 2), v_BTRH.transpose(1, 2)
             return super().attend(layer, q_BTQH, k_BTRH, v_BTRH, None)
         mask_B1TS, at = seen
         # written through the whole tensors: in a compiled step, a write through a view would copy the cache
         keys[at], values[at] = k_BTRH, v_BTRH
-        return masked_attention(q_BTQH, keys[:B, :self.longest + T], values[:B, :self.longest + T], mask_B1TS)
+        S = mask_B1TS.shape[-1]
+        return masked_attention(q_BTQH, keys[:B, :, :S], values[:B, :, :S], mask_B1TS)
 
     def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor) -> None:
         """Slots `to` become copies of `source`'s slots `rows` (int64): one prefilled prompt serves all its samples."""
         n = source.longest
         for mine, theirs in zip(self.keys + self.values, source.keys + source.values):
-            mine[to, :n] = theirs[rows, :n]
+            mine[to, :, :n] = theirs[rows, :, :n]
         self.length_B[to] = source.length_B[rows]
 
     def move(self, to: int, last: int, length: int) -> None:
         """Slot `to` becomes a copy of slot `last`, `length` tokens long."""
         for cached in self.keys + self.values:
-            cached[to, :length] = cached[last, :length]
+            cached[to, :, :length] = cached[last, :, :length]
         self.length_B[to] = self.length_B[last]
 
 
-def masked_attention(q_BTQH: Tensor, k_BSRH: Tensor, v_BSRH: Tensor, mask_B1TS: Tensor) -> Tensor:
+def masked_attention(q_BTQH: Tensor, k_BRSH: Tensor, v_BRSH: Tensor, mask_B1TS: Tensor) -> Tensor:
     """(B, T, Q * H) of queries that go on in a cache of S positions, under an additive mask."""
     B, T, Q, H = q_BTQH.shape
-    q, k, v = (x.transpose(1, 2) for x in (q_BTQH, k_BSRH, v_BSRH))
     if T > 1:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TS, enable_gqa=True)
+        q_BQTH = q_BTQH.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q_BQTH, k_BRSH, v_BRSH, attn_mask=mask_B1TS, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)
     # the query heads that share a key stand as rows: enable_gqa with a mask has no fused CUDA kernel, a slow CPU one
-    return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, H), k, v, attn_mask=mask_B1TS).view(B, 1, Q * H)
+    q_BRnH = q_BTQH.view(B, k_BRSH.shape[1], -1, H)
+    return F.scaled_dot_product_attention(q_BRnH, k_BRSH, v_BRSH, attn_mask=mask_B1TS).view(B, 1, Q * H)
 
 
 # Layers

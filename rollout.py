@@ -41,7 +41,6 @@ class Rollout:
     entropy_BT: Tensor      # float32, nats: entropy of the distribution it was drawn from; 0 outside the mask
     prompt_len_B: Tensor    # int64
     finished_B: Tensor      # bool: ended by a stop token; False = cut at its limit
-    # what follows from the above
     length_B: Tensor = field(init=False)    # int64: response tokens
     every_B: Tensor = field(init=False)     # int64: 0 ... B-1
     sequence_N: Tensor = field(init=False)  # int64: which sequence each response token belongs to
@@ -264,7 +263,7 @@ class Slots:
 
     def decode(self) -> None:
         """One step of all live slots."""
-        self.cache.longest = min(max(self.length), self.cache.keys[0].shape[1] - 1)
+        self.cache.longest = min(max(self.length), self.cache.keys[0].shape[2] - 1)
         self.length = [length + 1 for length in self.length]
         self.step(len(self.request))
 

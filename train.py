@@ -14,8 +14,7 @@ The loop, and the file that holds each part of it:
 
 What a step does depends on (seed, step) alone, so a resumed run takes the same steps. A recipe is a row of flags; any
 flag given beside it overrides it. The run is written to runs/NAME, and the same command again goes on where it stopped.
-What some runs ask for (another tokenizer, self-distillation, given responses, LoRA, several processes, faster ways) is
-in extras/ and attaches itself to the Run; without that folder this file trains as it stands.
+What only some runs ask for is in extras/ and attaches itself to the Run; without that folder this file still trains.
 """
 import math
 import sys

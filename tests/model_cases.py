@@ -131,7 +131,7 @@ def reads_the_keys_before_it(attention, dtype, tolerance):
     """Assert that `attention`, like model.masked_attention, is softmax attention written out head by head."""
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, *shape, generator=rng, dtype=torch.float64).to(dtype)
-               for shape in ((1, 6, 8), (9, 2, 8), (9, 2, 8)))
+               for shape in ((1, 6, 8), (2, 9, 8), (2, 9, 8)))
     lengths = [9, 1, 4]
     mask = torch.zeros(3, 1, 1, 9, dtype=dtype)
     for slot, length in enumerate(lengths):
@@ -139,6 +139,6 @@ def reads_the_keys_before_it(attention, dtype, tolerance):
     found = attention(q, k, v, mask).view(3, 6, 8).double()
     for slot, length in enumerate(lengths):
         for head in range(6):
-            keys, values = (x[slot, :length, head // 3].double() for x in (k, v))
+            keys, values = (x[slot, head // 3, :length].double() for x in (k, v))
             weights = (keys @ q[slot, 0, head].double() / 8 ** 0.5).softmax(0)
             torch.testing.assert_close(found[slot, head], weights @ values, atol=tolerance, rtol=tolerance)

@@ -1,7 +1,8 @@
 """One low-precision copy of the student instead of two: the update multiplies with the sampler's.
 
-Weights are trained in float32. Where products run in less, the sampler has a copy in their dtype, and a projection casts
-its weight once more for every micro-batch and keeps the result for the backward pass: all of the model a second time.
+Weights are trained in float32. Where products run in less, the sampler has a copy in their dtype, and a projection
+casts its weight once more for every micro-batch and keeps the result for the backward pass: all of the model a second
+time.
 In place of model.Linear.forward and Transformer.head of the student; the gradient goes to the float32 weight as before,
 and every digit is the same.
 """
@@ -63,5 +64,6 @@ def multiplying_with(copy: Tensor):
     def forward(linear: Linear, x: Tensor) -> Tensor:
         if x.dtype != copy.dtype:
             return plain_linear(linear, x)
-        return F.linear(x, InPlaceOf.apply(linear.weight, copy), None if linear.bias is None else linear.bias.to(x.dtype))
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        return F.linear(x, InPlaceOf.apply(linear.weight, copy), bias)
     return forward

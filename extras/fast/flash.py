@@ -25,8 +25,8 @@ def flash_ready(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     can = (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
            and head_dim <= 256 and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
     if can and not any(map(available, KERNELS)):
-        print(f"fast    flash_rows and flash_cache stand aside: torch {torch.__version__} has neither {KERNELS[0]} with "
-              f"seqused_k nor {KERNELS[1]}; micro-batches are padded, decode steps masked")
+        print(f"fast    flash_rows and flash_cache stand aside: torch {torch.__version__} has neither {KERNELS[0]} "
+              f"with seqused_k nor {KERNELS[1]}; micro-batches are padded, decode steps masked")
         return False
     return can
 
@@ -87,13 +87,20 @@ class Packed(Causal):
 
 
 class FlashCache(KVCache):
-    """A KVCache whose decode steps read each slot up to its own length."""
+    """A KVCache whose decode steps read each slot up to its own length. The kernel wants the slots end to end, so keys
+    and values lie as (slots, capacity, R, H) and are seen as KVCache has them."""
+
+    def __init__(self, model: Transformer, slots: int, capacity: int):
+        super().__init__(model, slots, 0)
+        _, R, _, H = self.keys[0].shape
+        self.keys, self.values = ([empty.new_zeros(slots, capacity, R, H).transpose(1, 2) for empty in layers]
+                                  for layers in (self.keys, self.values))
 
     def begin(self, tokens_BT: Tensor):
         B, T = tokens_BT.shape
         if self.longest == 0 or T > 1:
             return super().begin(tokens_BT)
-        number, capacity = torch.arange(B + 1, dtype=torch.int32, device=tokens_BT.device), self.keys[0].shape[1]
+        number, capacity = torch.arange(B + 1, dtype=torch.int32, device=tokens_BT.device), self.keys[0].shape[2]
         first, length_B = number * capacity, self.length_B[:B]
         return length_B[:, None], Packing(number, first, 1, capacity, (length_B + 1).int(), first[:-1] + length_B)
 
@@ -102,7 +109,7 @@ class FlashCache(KVCache):
             return super().attend(layer, q_BTQH, k_BTRH, v_BTRH, seen)
         cached = []
         for cache, new_BTRH in ((self.keys[layer], k_BTRH), (self.values[layer], v_BTRH)):
-            end_to_end = cache.flatten(0, 1)
+            end_to_end = cache.transpose(1, 2).flatten(0, 1)
             end_to_end.index_copy_(0, seen.at_S, new_BTRH.flatten(0, 1))    # one kernel for all slots
             cached.append(end_to_end)
         return decode_attention(q_BTQH, *cached, seen)

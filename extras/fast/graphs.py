@@ -24,7 +24,7 @@ def decode(pool: rollout.Slots) -> None:
     if not isinstance(pool.cache, FlashCache):
         plain_decode(pool)
         return
-    pool.cache.longest = min(max(pool.length), pool.cache.keys[0].shape[1] - 1)
+    pool.cache.longest = min(max(pool.length), pool.cache.keys[0].shape[2] - 1)
     pool.length = [length + 1 for length in pool.length]
     graphs = pool.__dict__.setdefault("graphs", {})     # rows -> its step; None = ran once, not recorded
     # up to a power of two: few graphs, and free rows cost next to nothing

@@ -1,5 +1,5 @@
-"""Proof: at start every faster way is held to the plain one on the run's own models, and stands aside where it raises an
-error or is wrong on this machine.
+"""Proof: at start every faster way is held to the plain one on the run's own models, and stands aside where it raises
+an error or is wrong on this machine.
 
     writing     20 ragged prompts in 16 slots, up to 24 new tokens: refills, moves, and 12 steps past the first replay.
                 Compared are the log-probs and entropies that the sampler stores

@@ -30,7 +30,8 @@ YOUNG = {
     "torch.compiler.is_compiling": Young("extras/compile.py", "", "model.Linear.forward"),
     "torch.distributed.fsdp.fully_shard": Young(
         "extras/parallel/sharded.py", "mesh reshard_after_forward mp_policy", "one process"),
-    "torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor": Young("extras/parallel/sharded.py", "", "one process"),
+    "torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor": Young(
+        "extras/parallel/sharded.py", "", "one process"),
     "torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms": Young(
         "extras/parallel/sharded.py", "", "one process"),
     "torch.distributed.tensor.DTensor.from_local": Young("extras/parallel/sharded.py", "run_check", "one process"),

@@ -1,5 +1,5 @@
-"""extras/fast: a faster way that is missing or wrong on this machine stands aside with one sentence, and the run goes on
-with the plain way's digits."""
+"""extras/fast: a faster way that is missing or wrong on this machine stands aside with one sentence, and the run goes
+on with the plain way's digits."""
 import json
 
 import pytest
