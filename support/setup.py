@@ -244,7 +244,7 @@ def check_lengths(path: str, problems: list[Problem], ids: list[list[int]], flag
                   reader: str) -> None:
     for problem, prompt in zip(problems, ids):
         if len(prompt) + limit > context:
-            raise UserError(f"{path}, line {problem.line}: the {reader}'s prompt of {len(prompt)} tokens plus --{flag} "
+            raise UserError(f"{path}, {problem.place}: the {reader}'s prompt of {len(prompt)} tokens plus --{flag} "
                             f"{limit} exceed the context of {context}; nothing is cut silently: shorten one of them or "
                             f"drop the problem")
 
