@@ -140,6 +140,7 @@ BAD_SETTINGS = [
     (dict(max_new_tokens=20), "the prompt on line 3 has 1 tokens; with max_new_tokens 20 it does not fit the "
                               "model's context of 20"),
     (dict(problems=[*PROBLEMS, Problem("p", None, None, {}, "row 7")]), "the problem on row 7 has no answer to grade"),
+    (dict(problems=[PROBLEMS[0], Problem("", "1", None, {}, "line 4")]), "the prompt on line 4 has no tokens"),
     (dict(problems=[]), "there are no problems to evaluate on"),
 ]
 
