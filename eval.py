@@ -69,13 +69,17 @@ def evaluate(model, tokenizer, problems: list[Problem], *, k: int, temperature: 
         raise UserError("there are no problems to evaluate on")
     if all(problem.answer is None for problem in problems):
         verifier = None
-    prompts = [tokenizer.prompt_ids(problem.prompt) for problem in problems]
-    for problem, ids in zip(problems, prompts):
+    prompts = []
+    for problem in problems:        # one by one: a template may make each prompt large, and the first says so
+        ids = tokenizer.prompt_ids(problem.prompt)
+        if not ids:
+            raise UserError(f"the prompt on {problem.place} has no tokens, and a model needs one (the bos token, say)")
         if len(ids) + max_new_tokens > model.config.context:
-            raise UserError(f"the prompt on line {problem.line} has {len(ids)} tokens; with max_new_tokens "
+            raise UserError(f"the prompt on {problem.place} has {len(ids)} tokens; with max_new_tokens "
                             f"{max_new_tokens} it does not fit the model's context of {model.config.context}")
         if verifier is not None and problem.answer is None:
-            raise UserError(f"the problem on line {problem.line} has no answer to grade against")
+            raise UserError(f"the problem on {problem.place} has no answer to grade against")
+        prompts.append(ids)
     rollout = generate(model, prompts, samples=k, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids,
                        temperature=temperature, seed=seed, slots=slots, progress=progress)
     logp_BT, mask_BT, finished_B = rollout.logp_BT.cpu(), rollout.mask_BT.cpu(), rollout.finished_B.tolist()

@@ -132,7 +132,7 @@ def given(run, asked: list[int], responses: list[list[int]], step: int) -> Batch
 def solutions(cfg, problems: list, why: str) -> list[str]:
     for problem in problems:
         if not problem.solution:
-            raise UserError(f"{cfg.data}, line {problem.line} has no solution {why}; add a `solution` field")
+            raise UserError(f"{cfg.data}, {problem.place} has no solution {why}; add a `solution` field")
     return [problem.solution for problem in problems]
 
 

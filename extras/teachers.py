@@ -201,7 +201,7 @@ class Teachers(TeacherKind):
             return 0
         tag = problem.fields.get(self.cfg.route)
         if tag not in self.tags:
-            raise UserError(f"{path or self.cfg.data}, line {problem.line}: {self.cfg.route} is {tag!r}, which names "
+            raise UserError(f"{path or self.cfg.data}, {problem.place}: {self.cfg.route} is {tag!r}, which names "
                             f"no teacher; --teacher knows {', '.join(self.tags)}")
         return self.tags.index(tag)
 

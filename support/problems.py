@@ -45,11 +45,11 @@ class Problem:
     answer: str | tuple[str, ...] | None    # what verifier.grade compares with; of several, any is right
     solution: str | None        # reference solution in full, where the record has one
     fields: dict                # the record as read
-    line: int                   # its line in the file, from 1; in a parquet file its row
+    place: str                  # in its file: `line 3`, from 1; in a parquet file `row 3`
 
 
 def load_problems(path: str | Path, *, need_answer: bool = False, limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems of a file, as the table above reads them. UserError names file and line."""
+    """The first `limit` problems of a file, as the table above reads them. UserError names file and place."""
     problems: list[Problem] = []
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, not {limit}")
@@ -58,13 +58,14 @@ def load_problems(path: str | Path, *, need_answer: bool = False, limit: int | N
         raise UserError(f"{shown(path)} is a folder, a pipe or a device; name a file of problems" if there else
                         f"{shown(path)}: no such file")
     try:
-        for where, line, record in records(Path(path)):
+        for place, record in records(Path(path)):
             try:
-                problems.append(as_problem(record, line))
+                problems.append(as_problem(record, place))
             except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+                raise UserError(f"{shown(path)}, {place}: {error}") from None
             if need_answer and problems[-1].answer is None:
-                raise UserError(f"{where}: no answer, text or a number, in any of {', '.join(ANSWER_FIELDS)}")
+                raise UserError(f"{shown(path)}, {place}: no answer, text or a number, in any of "
+                                f"{', '.join(ANSWER_FIELDS)}")
             if len(problems) == limit:
                 break
     except OSError as error:
@@ -79,7 +80,7 @@ def answered(path: str | Path, problems: list[Problem]) -> bool:
     without = next((p for p in problems if p.answer is None), None)
     having = next((p for p in problems if p.answer is not None), None)
     if without and having:
-        raise UserError(f"{shown(path)}: line {having.line} has an answer and line {without.line} has none; give all "
+        raise UserError(f"{shown(path)}: {having.place} has an answer and {without.place} has none; give all "
                         f"problems an answer, or none, to compare the student with its teacher instead")
     return without is None
 
@@ -146,7 +147,7 @@ FORMATS: list[tuple[Callable[[dict], bool], Callable[[dict], Taken]]] = [      #
 ]
 
 
-def as_problem(record: object, line: int) -> Problem:
+def as_problem(record: object, place: str) -> Problem:
     if not isinstance(record, dict):
         raise UserError(f"expected a JSON object, found a {type(record).__name__}")
     r = {name: value for name, value in record.items() if value is not None}
@@ -167,7 +168,7 @@ def as_problem(record: object, line: int) -> Problem:
     except UnicodeEncodeError:
         raise UserError("a text holds half a character (a lone surrogate), which no tokenizer can read") from None
     return Problem(prompt, answers if len(answers) > 1 else answers[0] if answers else None, solution or None, record,
-                   line)
+                   place)
 
 
 def question(field: str, value: object) -> tuple[str | list[dict], str]:

@@ -5,14 +5,12 @@ is what follows `final answer is`, else `answer:`, else `answer`; where several 
 Without these words it is the last candidate.
 
 What counts as a candidate is math-verify's choice: the two read the same place or this one reads nothing. So (42), "42"
-and x5 hold no number, 5x holds 5, and 12,34 is 12.34. Every repetition is bounded, so time is linear.
+and x5 hold no number, 5x holds 5, and 12,34 is 12.34. One exception: in `The answer is 7/3.` the full stop ends the
+sentence, where that package reads 7/3.0 in floating point. Every repetition is bounded, so time is linear.
 """
 import re
 from bisect import bisect_left, bisect_right
-from fractions import Fraction
 from operator import itemgetter
-
-from support.answers import canonical
 
 # A number stands at the start, after white space or after `=`, maybe bold, maybe money. Thousands may be parted by
 # spaces; a comma before other than three digits is a decimal comma.
@@ -80,10 +78,6 @@ def _calculation(text: str, start: int, end: int, content: str) -> str | None:
     content = re.sub(r"\^-([0-9]+)", r"^{-\1}", content.replace("**", "^"))
     if GOES_ON.match(text, end) or not AFTER_SUM.match(text, end) or BEFORE_SUM.search(text[max(start - 5, 0):start]):
         return None
-    if text.startswith(".", end) and ("/" in content or "^{" in content):   # there 7/3. is 7/3.0, in floating point
-        value = canonical(content)
-        if not isinstance(value, Fraction) or value.denominator & (value.denominator - 1):
-            return None
     return content
 
 

@@ -18,9 +18,9 @@ MOST_BLANK = 10**6  # blank lines, after which a file is taken for something els
 LONGEST = 2**24     # bytes of one record. Parsed, the worst text of this length takes half a GB
 
 
-def records(path: Path) -> Iterator[tuple[str, int, object]]:
-    """(file and line in words, line, what stands there) of every record. The first bytes say what the file is,
-    whatever its name."""
+def records(path: Path) -> Iterator[tuple[str, object]]:
+    """(`line 3` or `row 3`, what stands there) of every record. The first bytes say what the file is, whatever its
+    name."""
     with open(path, "rb") as file:
         head = file.read(4096)
         file.seek(0)
@@ -34,7 +34,7 @@ def records(path: Path) -> Iterator[tuple[str, int, object]]:
             yield from lines(path, file)
 
 
-def lines(path: Path, file) -> Iterator[tuple[str, int, object]]:
+def lines(path: Path, file) -> Iterator[tuple[str, object]]:
     """JSON lines; blank ones are skipped. As bytes only \\n ends a line; str.splitlines() also cuts at U+2028."""
     blank = 0
     for line, raw in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
@@ -50,10 +50,10 @@ def lines(path: Path, file) -> Iterator[tuple[str, int, object]]:
         if blank >= MOST_BLANK:
             raise UserError(f"{shown(path)}, line {line} is blank, like {blank - 1:,} others; is it the right file?")
         if text:
-            yield f"{shown(path)}, line {line}", line, record
+            yield f"line {line}", record
 
 
-def array(path: Path, file) -> Iterator[tuple[str, int, object]]:
+def array(path: Path, file) -> Iterator[tuple[str, object]]:
     """The objects of one JSON array. No more of the file is held than the object at hand, twice over."""
     stream = Stream(path, file)
     stream.take("[", "[")
@@ -98,7 +98,7 @@ class Stream:
             raise self.wrong(f"expected {expected}, found {shown(repr(self.text[self.at:self.at + 20]))}")
         self.at += 1
 
-    def item(self) -> tuple[str, int, object]:
+    def item(self) -> tuple[str, object]:
         if self.peek() != "{":
             raise self.wrong(f"expected a JSON object, found {shown(repr(self.text[self.at:self.at + 20]))}")
         while True:
@@ -114,7 +114,7 @@ class Stream:
                 self.line += self.text.count("\n", self.at, place)
                 reason = f"an object of more than {LONGEST >> 20} MiB" if cut and size > LONGEST else error
                 raise self.wrong(getattr(reason, "msg", reason)) from None
-        found = f"{shown(self.path)}, line {self.line}", self.line, record
+        found = f"line {self.line}", record
         self.line, self.at = self.line + self.text.count("\n", self.at, end), end
         return found
 
@@ -122,7 +122,7 @@ class Stream:
         return UserError(f"{shown(self.path)}, line {self.line}{later}: not valid JSON ({shown(one_line(reason))})")
 
 
-def parquet(path: Path) -> Iterator[tuple[str, int, object]]:
+def parquet(path: Path) -> Iterator[tuple[str, object]]:
     """The rows of a parquet file, by pyarrow."""
     try:
         import pyarrow
@@ -136,7 +136,7 @@ def parquet(path: Path) -> Iterator[tuple[str, int, object]]:
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
             for row, record in enumerate(batch.to_pylist(), row + 1):
-                yield f"{shown(path)}, row {row}", row, record
+                yield f"row {row}", record
     except pyarrow.ArrowException as error:
         reason = shown(one_line(error))
         raise UserError(f"{shown(path)}: not a whole parquet file (after row {row}: {reason})") from error

@@ -243,8 +243,11 @@ def check_vocabulary(folder: Path, config: ModelConfig, tokenizer: Tokenizer) ->
 def check_lengths(path: str, problems: list[Problem], ids: list[list[int]], flag: str, limit: int, context: int,
                   reader: str) -> None:
     for problem, prompt in zip(problems, ids):
+        if not prompt:
+            raise UserError(f"{path}, {problem.place}: the {reader}'s tokenizer makes no token of this prompt, and a "
+                            f"model needs one (the bos token, say); correct the problem or the chat template")
         if len(prompt) + limit > context:
-            raise UserError(f"{path}, line {problem.line}: the {reader}'s prompt of {len(prompt)} tokens plus --{flag} "
+            raise UserError(f"{path}, {problem.place}: the {reader}'s prompt of {len(prompt)} tokens plus --{flag} "
                             f"{limit} exceed the context of {context}; nothing is cut silently: shorten one of them or "
                             f"drop the problem")
 

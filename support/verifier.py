@@ -118,7 +118,8 @@ def grade(text: str, answer: str | tuple[str, ...], verifier: str = "auto") -> b
 
     What is equal, exact and math-verify aside: see support/answers.py. `auto` is meant never to call right what
     math-verify calls wrong, so it errs towards wrong; compare only runs that one verifier graded. Three exceptions,
-    where that package knows no mark: the toy's notation, #### with more text behind it, and a word alone (Paris).
+    where that package knows no mark: the toy's notation, #### with more text behind it, and a word alone (Paris). A
+    fourth: a fraction at the end of a sentence (`It is 7/3.`), which it takes for a decimal, 7/3.0.
     """
     if verifier not in VERIFIERS:
         raise UserError(f"unknown verifier {verifier!r}: choose from {', '.join(VERIFIERS)}")

@@ -12,7 +12,12 @@ writing a file (SIGXFSZ at its n-th byte, wherever the write is, in Python or no
 
 A killed --fresh is followed by the same command without it or with it, by turns. Where the old run had other flags,
 the command without it may refuse, but then the old run must still be whole.
+
+With --torchrun it is the real torchrun that starts two processes. What dies then is one of them, and torchrun ends the
+other; torchrun and both, as where the power goes; or torchrun alone, and the two must notice.
 """
+import contextlib
+import json
 import os
 import random
 import resource
@@ -20,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -49,9 +55,40 @@ SETTINGS = {            # name -> flags of the run; a small --count tries the fi
 }
 
 
-def die(number: int, event: str, path: str) -> None:
-    os.write(2, f"killed before change {number}, {event} {path}\n".encode())
-    os.kill(os.getpid(), signal.SIGKILL)
+BOTH, LAUNCHER, EVERYTHING = 2, 3, 4        # what dies, where it is not the process of rank 0 or of rank 1
+
+
+def killer(at: int, victims):
+    """For on_changes: SIGKILL for victims() before change `at`."""
+    def act(number: int, event: str, path: str) -> None:
+        if number == at:
+            os.write(2, f"killed before change {number}, {event} {path}\n".encode())
+            kill(victims())
+    return act
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):       # it ended in this moment
+            os.kill(pid, signal.SIGKILL)
+
+
+def die_in_writing(size: int) -> None:
+    """This process, at byte `size` of any file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def count(place: Path, fresh: bool) -> None:
+    """Print a number for every change of the file system. Of a --fresh only those until the answers before the first
+    step are written: by then the old run is gone."""
+    told = []
+
+    def note(number, event, path):
+        told.append(path)
+        if not (fresh and any("step-000000.jsonl" in path for path in told)):
+            os.write(1, f"\nCHANGES {number} \n".encode())
+    on_changes(place, note)
 
 
 class Setting:
@@ -83,17 +120,16 @@ class Setting:
     def start(self, place: Path, fresh: bool, at: int = 0, size: int = 0, seconds: float = 0, victim: int = 0,
               **flags) -> Ended:
         """The command, killed before change `at`, at byte `size` of a file, or after `seconds`; 0: left alone.
-        With several processes it is number `victim` that is killed; 2: all of them."""
+        With several processes it is number `victim` that is killed, or BOTH."""
         argv = self.command(place, fresh, **flags)
         if self.ranks > 1 and self.torchrun:
-            return torchrun(argv, at, seconds, victim, place)
+            return torchrun(argv, place, seconds, victim, at=at, size=size)
 
         def body(rank=0):
             if at and rank == victim % 2:
-                on_changes(place, lambda number, *what: number == at and die(number, *what))
+                on_changes(place, killer(at, lambda: [os.getpid()]))
             if size and rank == victim % 2:
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+                die_in_writing(size)
             return program(argv)
         if self.ranks == 1:
             children = [Child(body, self.world)]
@@ -102,12 +138,12 @@ class Setting:
         if seconds:
             time.sleep(seconds)
             for rank, child in enumerate(children):
-                if victim == 2 or rank == victim:
+                if victim in (BOTH, rank):
                     child.kill()
 
         def stop():             # as torchrun: the others are asked to leave, then told
             for child in children:
-                child.kill(signal.SIGKILL if victim == 2 else signal.SIGTERM)
+                child.kill(signal.SIGKILL if victim == BOTH else signal.SIGTERM)
         return max(wait(children, 60, stop), key=lambda ended: ended.status < 0)
 
     def copy_of_old(self, place: Path) -> None:
@@ -119,61 +155,80 @@ class Setting:
 
     def counted(self, place: Path, fresh: bool) -> tuple[Ended, int]:
         """A run that nobody touches, and how many changes of the file system there are to die before."""
-        if self.ranks > 1 and self.torchrun:
-            return self.start(place, fresh), 150
+        argv = self.command(place, fresh)
 
         def body():
-            told = []
-
-            def note(number, event, path):      # the answers before the first step: by then the old run is gone
-                told.append(path)
-                if not (fresh and any("step-000000.jsonl" in path for path in told)):
-                    os.write(1, f"\nCHANGES {number} \n".encode())
-            on_changes(place, note)
-            return program(self.command(place, fresh))
-        ended = run(body, self.world) if self.ranks == 1 else wait(
-            start_ranks([body, lambda: program(self.command(place, fresh))], self.world), 60)[0]
+            count(place, fresh)
+            return program(argv)
+        if self.ranks == 1:
+            ended = run(body, self.world)
+        elif self.torchrun:
+            ended = torchrun(argv, place, count=True, fresh=fresh)
+        else:
+            ended = wait(start_ranks([body, lambda: program(argv)], self.world), 60)[0]
         return ended, int(ended.text.rpartition("CHANGES ")[2].split()[0]) if "CHANGES" in ended.text else 0
 
     def way(self, index: int, rng: random.Random) -> dict:
         """How number `index` of this setting dies."""
-        victim = rng.choice((0, 0, 0, 1, 2)) if self.ranks > 1 else 0
+        all_of_them = (EVERYTHING, EVERYTHING, LAUNCHER) if self.torchrun else (BOTH,)
+        victim = rng.choice((0, 0, 0, 1, *all_of_them)) if self.ranks > 1 else 0
         if victim == 1 or index % 5 == 4:
             return dict(seconds=rng.uniform(0, 0.9 * self.seconds), victim=victim)
-        if index % 5 == 3:
+        if index % 5 == 3 and victim <= BOTH:
             return dict(size=rng.choice((rng.randint(1, 400), rng.randint(1, 20000))), victim=victim)
         turn = index // 5 * 3 + index % 5       # 7919 is a prime: so many turns pass through all changes
         return dict(at=1 + (self.events // 2 + turn * 7919) % self.events, victim=victim)
 
 
-def torchrun(argv: list[str], at: int, seconds: float, victim: int, place: Path) -> Ended:
-    """The real one: 2 processes of this file, which kill themselves as they are told."""
-    told = {"ATTACK_AT": f"{at} {seconds} {victim} {place}"} if at or seconds else {}
-    world = str(place.parents[2])
+def torchrun(argv: list[str], place: Path, seconds: float = 0, victim: int = 0, **told) -> Ended:
+    """The real one, and 2 processes of this file. `told` is for the first of them; at an instant it is this process
+    that kills."""
+    world, late = str(place.parents[2]), []
+    orders = json.dumps(dict(place=str(place), victim=victim) | told)
     begun = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           __file__, *argv], capture_output=True, text=True, timeout=180, cwd=place,
-                          env={**os.environ, **told, "ATTACK_FENCE": world, "TMPDIR": world,
-                               "TORCHINDUCTOR_CACHE_DIR": world})
-    text = done.stdout + done.stderr
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, *argv],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place,
+        env={**os.environ, "ATTACK_ORDERS": orders, "ATTACK_FENCE": world, "TMPDIR": world,
+             "TORCHINDUCTOR_CACHE_DIR": world})
+    limit = threading.Timer(180, lambda: (late.append(True), launcher.kill()))      # the two notice that it is gone
+    limit.start()
+    text, ranks = "", {}        # rank -> process id
+    while seconds and len(ranks) < 2 and (line := launcher.stdout.readline()):
+        text += line
+        if line.startswith("BEGUN"):
+            rank, pid = map(int, line.split()[1:])
+            ranks[rank] = pid
+    if len(ranks) == 2:
+        time.sleep(seconds)
+        kill({EVERYTHING: [launcher.pid, *ranks.values()], LAUNCHER: [launcher.pid]}.get(victim) or [ranks[victim]])
+    text += launcher.stdout.read()      # ends when all of them have ended
+    status = launcher.wait()
+    limit.cancel()
     took = float(text.rpartition("TOOK ")[2].split()[0]) if "TOOK " in text else time.perf_counter() - begun
-    return Ended(done.returncode, text, took, 0, False)
+    return Ended(status, text, took, 0, bool(late))
 
 
 def be_a_rank() -> int:
     """What a process of the real torchrun does."""
-    rank, begun = int(os.environ["RANK"]), time.perf_counter()
-    if told := os.environ.get("ATTACK_AT"):
-        at, seconds, victim, place = told.split(" ", 3)
-        if rank == int(victim) or int(victim) == 2:
-            if float(seconds):
-                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-                signal.setitimer(signal.ITIMER_REAL, float(seconds))
-            elif rank == 0:
-                on_changes(Path(place), lambda number, *what: number == int(at) and die(number, *what))
+    rank, begun, orders = int(os.environ["RANK"]), time.perf_counter(), json.loads(os.environ["ATTACK_ORDERS"])
+    place, victim, mine, launcher = Path(orders["place"]), orders["victim"], os.getpid(), os.getppid()
+
+    def victims() -> list[int]:
+        both = [int(pid) for thread in Path(f"/proc/{launcher}/task").iterdir()
+                for pid in (thread / "children").read_text().split()]
+        return {EVERYTHING: [launcher, *sorted(both, key=lambda pid: pid == mine)], LAUNCHER: [launcher]}.get(
+            victim, [mine])
+    if rank == 0 and orders.get("at"):
+        on_changes(place, killer(orders["at"], victims))
+    if rank == 0 and orders.get("size"):
+        die_in_writing(orders["size"])
+    if rank == 0 and orders.get("count"):
+        count(place, orders["fresh"])
     common.fence(Path(os.environ["ATTACK_FENCE"]))
     import atexit
     atexit.register(lambda: rank == 0 and print(f"TOOK {time.perf_counter() - begun:.2f}", file=sys.__stderr__))
+    print(f"BEGUN {rank} {mine}", file=sys.__stderr__, flush=True)
     return program(sys.argv[1:])
 
 

@@ -58,7 +58,7 @@ def write(path: Path, *records) -> Path:
     return path
 
 REPLIES = {"p": ["\\boxed{1}", "\\boxed{2}", "\\boxed{1.0}", "cut"], "q": ["8", "9", "9", "8.0"]}
-PROBLEMS = [Problem("p", "1", None, {}, 3), Problem("q", "9", None, {}, 5)]
+PROBLEMS = [Problem("p", "1", None, {}, "line 3"), Problem("q", "9", None, {}, "line 5")]
 MODEL = SimpleNamespace(config=SimpleNamespace(context=20), parameters=lambda: iter(()))
 TOKENIZER = SimpleNamespace(     # one token per character, "\0" stops
     variables={}, prompt_ids=lambda prompt: [ord(c) for c in prompt + str(TOKENIZER.variables or "")],
@@ -121,7 +121,7 @@ def test_a_sample_holds_what_was_sampled(calls, monkeypatch):
 
 def test_without_verifier_nothing_is_graded(calls):
     """fails if: answers are required whatever the verifier, or problems without answers are graded"""
-    for verifier, problem in ((None, PROBLEMS[1]), ("auto", Problem("q", None, None, {}, 1))):
+    for verifier, problem in ((None, PROBLEMS[1]), ("auto", Problem("q", None, None, {}, "line 1"))):
         metrics, samples = ev.evaluate(MODEL, TOKENIZER, [problem], **settings(verifier=verifier))
         assert set(metrics) == {"truncation_rate", "mean_length", "problems", "samples", "tokens"}
         assert {(s["answer"], s["correct"]) for s in samples} == {(None, None)}
@@ -139,7 +139,8 @@ BAD_SETTINGS = [
     (dict(verifier=""), "unknown verifier ''"),
     (dict(max_new_tokens=20), "the prompt on line 3 has 1 tokens; with max_new_tokens 20 it does not fit the "
                               "model's context of 20"),
-    (dict(problems=[*PROBLEMS, Problem("p", None, None, {}, 7)]), "the problem on line 7 has no answer to grade"),
+    (dict(problems=[*PROBLEMS, Problem("p", None, None, {}, "row 7")]), "the problem on row 7 has no answer to grade"),
+    (dict(problems=[PROBLEMS[0], Problem("", "1", None, {}, "line 4")]), "the prompt on line 4 has no tokens"),
     (dict(problems=[]), "there are no problems to evaluate on"),
 ]
 

@@ -11,7 +11,7 @@ from support.problems import Problem
 
 
 def problem(text):
-    return Problem(text, None, None, {}, 1)
+    return Problem(text, None, None, {}, "line 1")
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.6, 0.9, 1.0])

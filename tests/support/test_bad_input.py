@@ -241,10 +241,12 @@ GOOD = '{"problem": "1+1?", "answer": 2}\n'
     ("", ["no problems"]), (GOOD + '\n{"problem": "1+', [", line 3", "JSON"]),
     (GOOD + "[1]\n", [", line 2", "object"]), ('{"answer": 2}', [", line 1", "no prompt"]),
     (GOOD + GOOD.replace("1+", "1+" * 40), [", line 2", "context of 64"]), (GOOD + "\xff", [", line 2"]),
-    ('{"problem": [{"role": "user"}]}', [", line 1", "content"])],
-    ids=["empty", "cut", "list", "no prompt", "too long", "not utf-8", "message"])
+    ('{"problem": [{"role": "user"}]}', [", line 1", "content"]),
+    (GOOD + '{"problem": "\\u0000", "answer": 2}', [", line 2", "no token"])],
+    ids=["empty", "cut", "list", "no prompt", "too long", "not utf-8", "message", "no token"])
 def test_broken_problems_are_named_by_line(refuses, tmp_path, flag, text, words):
-    """fails if: a bad record is skipped, its line is not said, or a long prompt is found during the run."""
+    """fails if: a bad record is skipped, its line is not said, or a prompt that is too long or empty is found during
+    the run."""
     path = tmp_path / "broken.jsonl"
     path.write_bytes(text.encode("latin-1"))
     refuses("broken.jsonl", *words, **{flag: path, "eval_limit": None})

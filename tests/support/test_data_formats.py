@@ -95,7 +95,7 @@ def test_an_array_is_read_like_lines(tmp_path, name, indent, monkeypatch):
     text = "\ufeff \n" + json.dumps(wanted, indent=indent, ensure_ascii=False) + "\n\n"
     found = load_problems(write(tmp_path / name, text))
     assert [p.fields for p in found] == wanted
-    assert [p.line for p in found] == ([2, 2] if indent is None else [3, 7])
+    assert [p.place for p in found] == (["line 2"] * 2 if indent is None else ["line 3", "line 7"])
     assert len(load_problems(tmp_path / name, limit=1)) == 1
     small = [{"prompt": "\u00e9\U0001f600", "answer": "x\\y\"", "more": [True, None, -1.5e3, {"n": 12}]}] * 2
     for size in range(1, len(json.dumps(small))):       # every place at which a block can end
@@ -185,7 +185,7 @@ def test_a_file_of_blank_lines_is_refused_early(tmp_path, monkeypatch):
     """fails if: a gigabyte of line ends is walked through for an hour."""
     monkeypatch.setattr(records, "MOST_BLANK", 10)
     text = "\n" * 9 + '{"prompt": "a"}'
-    assert load_problems(write(tmp_path / "p", text))[0].line == 10
+    assert load_problems(write(tmp_path / "p", text))[0].place == "line 10"
     with pytest.raises(UserError, match="line 11 is blank, like 9 others"):
         load_problems(write(tmp_path / "p", text + "\n\n"))
 
@@ -225,7 +225,7 @@ def test_parquet_without_pyarrow_names_the_line_that_converts(tmp_path, monkeypa
 
 
 def test_parquet_rows_are_records(tmp_path, monkeypatch):
-    """fails if: rows are counted per batch, or pyarrow's own errors come out."""
+    """fails if: rows are counted per batch or called lines, or pyarrow's own errors come out."""
     class Broken(Exception):
         pass
     rows = [[{"prompt": [USER], "reward_model": {"ground_truth": "1"}, "note": None}], [{"prompt": "b", "answer": 2.0}]]
@@ -246,7 +246,11 @@ def test_parquet_rows_are_records(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", arrow)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", arrow.parquet)
     path = write(tmp_path / "p", b"PAR1")
-    assert [(p.prompt, p.answer, p.line) for p in load_problems(path)] == [([USER], "1", 1), ("b", "2.0", 2)]
+    found = load_problems(path)
+    assert [(p.prompt, p.answer, p.place) for p in found] == [([USER], "1", "row 1"), ("b", "2.0", "row 2")]
+    rows[1:] = [[{"prompt": "b"}]]
+    with pytest.raises(UserError, match="p: row 1 has an answer and row 2 has none"):
+        answered(path, load_problems(path))
     rows[1:] = [[{"prompt": "b", "answer": float("nan")}]]
     with pytest.raises(UserError, match="p, row 2: an answer is nan"):
         load_problems(path)
@@ -262,7 +266,7 @@ def test_parquet_by_pyarrow_itself(tmp_path):
     rows = [{"prompt": [USER], "reward_model": {"ground_truth": str(i), "style": "rule"}} for i in range(600)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     found = load_problems(tmp_path / "p.parquet", need_answer=True)
-    assert [(p.answer, p.line, p.prompt) for p in found] == [(str(i), i + 1, [USER]) for i in range(600)]
+    assert [(p.answer, p.place, p.prompt) for p in found] == [(str(i), f"row {i + 1}", [USER]) for i in range(600)]
     data = (tmp_path / "p.parquet").read_bytes()
     with pytest.raises(UserError, match="parquet|cannot be read"):
         load_problems(write(tmp_path / "cut", data[:len(data) // 2]))

@@ -71,7 +71,7 @@ def test_lines_are_counted_as_in_an_editor(tmp_path):
     """fails if: the file is cut by str.splitlines() (U+2028 ends a line), or "utf-8-sig" becomes "utf-8" """
     path = tmp_path / "p.jsonl"
     path.write_bytes("\ufeff{\"prompt\": \"a\u2028b\"}\r\n\n   \n{\"prompt\": \"é\"}".encode())
-    assert [(p.prompt, p.line) for p in load_problems(path)] == [("a\u2028b", 1), ("é", 4)]
+    assert [(p.prompt, p.place) for p in load_problems(path)] == [("a\u2028b", "line 1"), ("é", "line 4")]
     assert len(load_problems(path, limit=1)) == 1 and len(load_problems(path, limit=9)) == 2
 
 BAD_LINES = [   # the third line of a file -> what the sentence says

@@ -1,5 +1,6 @@
 """What support/verifier.py promises: the answer is found where it stands, and only right answers are right."""
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -67,7 +68,9 @@ EXTRACT = [     # text, verifier -> the answer in it
     ("Customer #3 pays 5", "auto", "5"),
     ("rose by 50%.", "auto", "50%"),
     ("It takes 3 1/2 hours", "auto", "3 1/2"),
-    ("It takes 3 1/2.", "auto", None),
+    ("It takes 3 1/2.", "auto", "3 1/2"),
+    ("The answer is 7/3.", "auto", "7/3"),
+    ("The answer is 7/3.5.", "auto", "7/3.5"),
     ("It takes 3\\frac{1}{2} hours", "auto", None),
     ("The answer is 42, not 43.", "auto", "42"),
     ("The answer is 3 + 4 = 7.", "auto", "7"),
@@ -247,6 +250,19 @@ def test_auto_is_right_only_where_math_verify_is():
     attack = Path(__file__).resolve().parents[1] / "attack" / "verifier.py"
     ended = subprocess.run([sys.executable, attack, "--count", "300"], capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0 and " 0 right here alone" in ended.stdout, ended.stdout + ended.stderr
+
+
+def test_auto_is_right_only_where_math_verify_was():
+    """On the gradings that tests/attack/verifier.py --write has stored, for machines without math-verify.
+    fails if: 12.5% equals 12.5 (`whole and` dropped in answers._same), or the row of \\dfrac leaves REWRITES"""
+    path = Path(__file__).resolve().parents[1] / "data" / "gradings.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [(row, ev.grade(row["response"], row["truth"])) for row in rows]
+    alone = [row for row, right in found if right and row["theirs"] == "wrong"]
+    shared = [right for row, right in found if row["theirs"] == "right"]
+    changed = [row for row, right in found if right != row["ours"]]
+    assert len(rows) >= 300 and alone == [], alone
+    assert shared.count(False) <= 0.03 * len(shared), changed
 
 
 def test_unknown_verifier_is_refused():
