@@ -6,16 +6,16 @@
     python bench/budget.py --measure                    # on a GPU: measured beside predicted
 
 This project's own code runs on tensors without memory (ledger.py), and every kernel is noted with its bytes and FLOPs.
-A kernel takes the longer of its two times, at the share of the data sheet's rates that such kernels attain, plus a fixed
-time; launched one by one, at least what the host needs to launch it. What is predicted is the sum. The table CARDS has
-every number, its source beside it; the shares and fixed times are estimates until --measure has been run.
+A kernel takes the longer of its two times, at the share of the data sheet's rates that such kernels attain, plus a
+fixed time; launched one by one, at least what the host needs to launch it. What is predicted is the sum. The table
+CARDS has every number, its source beside it; the shares and fixed times are estimates until --measure has been run.
 
 Decode steps are averaged over responses of up to --new tokens: everything grows evenly with the length. The floor is
 roofline.py's: bytes at the rate of a large copy, FLOPs at the rate of a large product. share = floor / predicted.
 Scoring is the teacher's pass and the product of its head with every response token, chunk by chunk; the update does the
-latter by itself, so a step has it once. An update is the backward pass with nothing recomputed, clipping, AdamW and the
-means for the log. A step is refreshing the sampling copy, prefill, --new decode steps, the teacher's pass and an update.
-Whether a model fits a card is not asked here (train.py --plan). Ends with one JSON line.
+latter by itself, so a step has it once. An update is the backward pass with nothing recomputed, clipping, AdamW and
+the means for the log. A step is refreshing the sampling copy, prefill, --new decode steps, the teacher's pass and an
+update. Whether a model fits a card is not asked here (train.py --plan). Ends with one JSON line.
 """
 import argparse
 import json
@@ -59,9 +59,9 @@ class Card:
 #                   GPU" (SXM; without sparsity: half of the figure with a star), "Ada GPU architecture" (RTX 4090,
 #                   bfloat16 with float32 sums)
 # product           measured by others: "maximum achievable matmul FLOPS" in github.com/stas00/ml-engineering,
-#                   compute/accelerator; RTX 4090: estimate
-# attention         flash attention 2, which torch's operator is: arXiv:2307.08691 for the A100 (50-73 %), arXiv:2407.08608
-#                   for the H100 (35 %); backward passes are at the lower end; RTX 4090: estimate
+#                   compute/accelerator (H100 0.80, A100 0.86); H200 as the H100; RTX 4090: estimate
+# attention         flash attention 2, which torch's operator is: arXiv:2307.08691 for the A100 (50-73 %),
+#                   arXiv:2407.08608 for the H100 (35 %); backward passes are at the lower end; RTX 4090: estimate
 # copy, weights, products, fixed, host    estimates
 CARDS = {
     "H200": Card(4.80e12, 989e12, copy=0.90, weights=0.80, product=0.80, products=0.85, attention=0.33),
@@ -139,8 +139,8 @@ def grown(one: Counter, two: Counter, layers: int) -> Counter:
 def count(student: dict, teacher: dict, args) -> dict[str, Counter]:
     """The kernels of every phase, and of one layer of a decode step (`layer`)."""
     one, two = (phases_of(with_layers(student, n), with_layers(teacher, n), args) for n in (1, 2))
-    layers = {phase: (teacher if phase in ("scoring", "teacher's head") else student)["num_hidden_layers"] for phase in one}
-    found = {phase: grown(one[phase], two[phase], layers[phase]) for phase in one}
+    found = {phase: grown(one[phase], two[phase], (teacher if phase == "scoring" else student)["num_hidden_layers"])
+             for phase in one}
     rows = f"decode {BATCHES[0]}"
     return found | {"layer": Counter({kernel: two[rows][kernel] - one[rows][kernel] for kernel in two[rows]})}
 
@@ -308,7 +308,8 @@ def main() -> None:
         for phase in times["H200"]:
             cells = [f"{1e3 * taken:,.2f} ({floor / taken:.2f})" for taken, floor in (times[c][phase] for c in CARDS)]
             rows.append([name, phase, *cells])
-    print(f"Estimated: {args.batch} responses of {args.prompt} + {args.new} tokens; milliseconds (share of the floor)\n")
+    print(f"Estimated, {args.batch} responses of {args.prompt} + {args.new} tokens: milliseconds (share of the floor)"
+          "\n")
     print(table(["model", "phase", *CARDS], rows))
     compiled = compiled_kernels(2) - compiled_kernels(1) if args.compiled else None
     print(f"Goals on an H200, {first} under {PAIRS[first]}, estimated\n")

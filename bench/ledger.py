@@ -49,7 +49,7 @@ SURE = {"arange", "zeros", "ones", "full"}      # factories whose integers are k
 # Kernels of an operator that has more than one: those of flash attention from torch's flash_api.cpp, the others
 # estimates (sorts and searches go over their input in passes). Operators on lists: MultiTensorApply.cuh
 LAUNCHES = {"sort": 4, "topk": 3, "nonzero": 4, "isin": 2}
-FLASH_BACKWARD = 6      # row sums, gradient of the queries zeroed, the kernel, that gradient cast, two sums over a group
+FLASH_BACKWARD = 6      # row sums, the queries' gradient zeroed, the kernel, that gradient cast, two sums over groups
 FLASH_DECODE = 4        # the kernel; query heads that share a key become rows by a copy, there, back, and once to keep
 LIST_BLOCK, LIST_BLOCKS = 65_536, 320
 
@@ -310,15 +310,20 @@ def fused_attention(q_BQTH: Tensor, k_BRTH: Tensor, v_BRTH: Tensor, is_causal: b
 
 def paper_model(raw: dict, dtype: torch.dtype, compute_dtype: torch.dtype, trained: bool = False) -> Transformer:
     """common.random_model on paper: `raw` is its config.json."""
+    made = plain_model(raw, dtype, compute_dtype, trained)
+    for faster in offers("on_model"):
+        faster(made)
+    return made
+
+
+def plain_model(raw: dict, dtype: torch.dtype, compute_dtype: torch.dtype, trained: bool) -> Transformer:
     with _disable_current_modes(), torch.device("meta"):
         made = Transformer(ModelConfig.from_dict(raw), compute_dtype)
     for module in made.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=GPU), trained)
-    made.copy_as = lambda dtype: paper_model(raw, dtype, dtype)
-    for faster in offers("on_model"):
-        faster(made)
+    made.copy_as = lambda dtype: plain_model(raw, dtype, dtype, False)
     return made
 
 
@@ -326,7 +331,8 @@ def paper_model(raw: dict, dtype: torch.dtype, compute_dtype: torch.dtype, train
 def paper_gpu():
     """The Ledger of a GPU that is not there. Flash attention is taken for available."""
     replaced = [(flash_file, "flash_ready"), (rollout.Slots, "decode"), (rollout, "head_product"),
-                (losses, "gradient_in_place"), (losses, "chunked_backward"), (_foreach_utils, "_get_foreach_kernels_supported_devices"),
+                (losses, "gradient_in_place"), (losses, "chunked_backward"),
+                (_foreach_utils, "_get_foreach_kernels_supported_devices"),
                 (_foreach_utils, "_foreach_supported_types"), (F, "rms_norm"), (F, "scaled_dot_product_attention")]
     plain = [(place, name, getattr(place, name)) for place, name in replaced]
     flash_file.flash_ready = lambda device, dtype, head_dim: dtype == torch.bfloat16
