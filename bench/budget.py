@@ -28,6 +28,7 @@ from common import QWEN3, Transformer, compile_extra, qwen3, random_model, shape
 
 import torch
 
+import losses
 import roofline
 from extras.fast import flash as flash_file
 from ledger import FLASH_DECODE, GPU, Kernel, paper_gpu, paper_model
@@ -121,7 +122,10 @@ def phases_of(student: dict, teacher: dict, args) -> dict[str, Counter]:
             for rows in all_rows(args):
                 found[f"decode {rows}"] = decode_step(one.actor, rows, args, ledger)
         one.batch = responses(args)
+        losses.zero_gradients(one.student)      # from the second step on they are there, and so are the moments
         for name, phase in (("scoring", one.scoring), ("backward", one.backward), ("optimizer", one.update)):
+            if name == "optimizer":
+                phase()
             ledger.take()
             phase()
             found[name] = ledger.take()
@@ -252,7 +256,8 @@ def by_operator(kernels: Counter, card: Card, launched: bool) -> list[list[str]]
     """Operator by operator, the longest first."""
     parts: dict[str, Counter] = {}
     for kernel, times in kernels.items():
-        parts.setdefault(kernel.operator, Counter())[kernel] += times
+        if times:
+            parts.setdefault(kernel.operator, Counter())[kernel] += times
     whole, rows = seconds(kernels, card, launched), []
     for name, part in sorted(parts.items(), key=lambda item: -seconds(item[1], card, launched)):
         taken = seconds(part, card, launched)
