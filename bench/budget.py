@@ -175,20 +175,35 @@ def floors(student: dict, teacher: dict, args, card: Card, rows: int) -> dict[st
                            card.bandwidth * card.copy, card.rate * card.product)
 
 
+def together(*parts: Counter) -> Counter:
+    """Their sum. Counter's own + would leave out what `grown` takes away."""
+    whole = Counter()
+    for part in parts:
+        whole.update(part)
+    return whole
+
+
+def phases(found: dict[str, Counter], args) -> dict[str, Counter]:
+    """The kernels of what is predicted, by its name in the table."""
+    rollout = Counter({kernel: args.new * n for kernel, n in found[f"decode {args.batch}"].items()})
+    update = together(found["backward"], found["optimizer"])
+    return {**{f"decode {rows}": found[f"decode {rows}"] for rows in all_rows(args)},
+            "scoring": together(found["scoring"], found["teacher's head"]), "backward": found["backward"],
+            "update": update, "step": together(found["refresh"], found["prefill"], rollout, found["scoring"], update)}
+
+
 def predicted(found: dict[str, Counter], student: dict, teacher: dict, args, card: Card) -> dict[str, tuple]:
     """Phase -> (seconds, floor)."""
-    floor = floors(student, teacher, args, card, args.batch)
+    kernels, floor = phases(found, args), floors(student, teacher, args, card, args.batch)
     out = {}
     for rows in all_rows(args):
         least = floors(student, teacher, args, card, rows)["decode step"]
-        out[f"decode {rows}"] = seconds(found[f"decode {rows}"], card, launched=False), least
-        out[f"decode {rows}, no graph"] = seconds(found[f"decode {rows}"], card), least
-    out["scoring"] = seconds(found["scoring"] + found["teacher's head"], card), floor["scoring"]
-    out["backward"] = seconds(found["backward"], card), floor["update"]
-    out["update"] = out["backward"][0] + seconds(found["optimizer"], card), floor["update"]
-    rollout = seconds(found["refresh"], card) + seconds(found["prefill"], card) + args.new * out[
-        f"decode {args.batch}"][0]
-    out["step"] = (rollout + seconds(found["scoring"], card) + out["update"][0],
+        for more, launched in (("", False), (", no graph", True)):
+            out[f"decode {rows}{more}"] = seconds(kernels[f"decode {rows}"], card, launched), least
+    for name in ("scoring", "backward", "update"):
+        out[name] = seconds(kernels[name], card), floor["scoring" if name == "scoring" else "update"]
+    others = together(found["refresh"], found["prefill"], found["scoring"], kernels["update"])
+    out["step"] = (seconds(others, card) + args.new * out[f"decode {args.batch}"][0],
                    args.new * floor["decode step"] + floor["scoring"] + floor["update"])
     return out
 
@@ -252,6 +267,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def lines(name: str, kernels: dict[str, Counter], times: dict[str, dict]) -> list[list[str]]:
+    """A line of the table for each phase of a model."""
+    rows = []
+    for phase in times["H200"]:
+        whole = kernels[phase.removesuffix(", no graph")]
+        cells = [f"{1e3 * taken:,.2f} / {1e3 * floor:,.2f} ({floor / taken:.2f})"
+                 for taken, floor in (times[card][phase] for card in CARDS)]
+        rows.append([name, phase, f"{total(whole, 'launches'):,}", f"{total(whole, 'bytes') / 1e9:,.1f}",
+                     f"{total(whole, 'flops') / 1e12:,.2f}", *cells])
+    return rows
+
+
 def by_operator(kernels: Counter, card: Card, launched: bool) -> list[list[str]]:
     """Operator by operator, the longest first."""
     parts: dict[str, Counter] = {}
@@ -310,12 +337,9 @@ def main() -> None:
         times = {card: predicted(found, student, teacher, args, CARDS[card]) for card in CARDS}
         if name == first:
             first_times = times
-        for phase in times["H200"]:
-            cells = [f"{1e3 * taken:,.2f} ({floor / taken:.2f})" for taken, floor in (times[c][phase] for c in CARDS)]
-            rows.append([name, phase, *cells])
-    print(f"Estimated, {args.batch} responses of {args.prompt} + {args.new} tokens: milliseconds (share of the floor)"
-          "\n")
-    print(table(["model", "phase", *CARDS], rows))
+        rows += lines(name, phases(found, args), times)
+    print(f"Estimated, {args.batch} responses of {args.prompt} + {args.new} tokens: milliseconds / floor (share)\n")
+    print(table(["model", "phase", "kernels", "GB", "TFLOP", *CARDS], rows))
     compiled = compiled_kernels(2) - compiled_kernels(1) if args.compiled else None
     print(f"Goals on an H200, {first} under {PAIRS[first]}, estimated\n")
     print(table(["what", "found", "goal"], goals(counted[first], first_times["H200"], compiled)))
