@@ -6,10 +6,11 @@
     1. decoding, batch 64 and 256, up to length 1,024: share of the byte floor, and against transformers' generate()
     2. scoring by a 4B and an 8B teacher, the update of a 0.6B and a 1.7B student: share of the matrix rate
     3. whole steps of 64 x 1,024 tokens against the sum of the three floors; peak memory
+    4. the same beside what budget.py predicts, not compiled
 
-Each line is a command of its own (roofline.py, generate.py), printed before its output; one that fails or takes
-longer than its share of --minutes is reported and the others go on. Goals stand beside what was found. Ends with
-one JSON line.
+Each line is a command of its own (roofline.py, budget.py, generate.py), printed before its output; one that fails
+or takes longer than its share of --minutes is reported and the others go on. Goals stand beside what was found.
+Ends with one JSON line.
 """
 import argparse
 import json
@@ -39,7 +40,10 @@ def commands(args) -> list[tuple[str, list[str]]]:
         model = ["--model", small[0]] if small[0] else []
         return ["generate.py", *device, *model, "--lengths", "equal", "--batch", batch, "--new", peer_new, "--rounds",
                 "1", "--peers", "dynamic", "vllm"]
+    # on paper there is no toy, and without a GPU nothing to hold the paper against
+    budget = [("0.6B under 4B, not compiled, beside its budget", ["budget.py", "--models", "qwen3-0.6b", "--measure"])]
     return [(f"0.6B under 4B, batch {batches[0]}", roofline(small, batches[0])),
+            *(budget if args.device == "cuda" and not args.small else []),
             (f"0.6B, batch {batches[1]}", roofline(small, batches[1], "--decode_only")),
             (f"0.6B against transformers, batch {batches[0]}", peers(batches[0])),
             (f"1.7B under 8B, batch {batches[0]}", roofline(large, batches[0])),

@@ -70,7 +70,7 @@ def load(name: str | None, args, dtype: torch.dtype, compute_dtype: torch.dtype,
     return random_model(shape(name, args.vocab, **default), dtype, compute_dtype, device)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--student", help=f"folder, hub id, or one of {', '.join(QWEN3)} with random weights; "
                                           f"default: random, width 256, 6 layers")
@@ -87,13 +87,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="the decode step and the layers through torch.compile")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--decode_only", action="store_true")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    give_back_freed_memory()
+def measure(args) -> tuple[dict[str, float], dict]:
+    """Prints what is measured beside its floors. Returns the seconds of a decode step and, unless --decode_only, of
+    scoring, of an update's backward pass and of a whole step; and what the JSON line says."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     student = load(args.student, args, torch.float32, dtype)
     teacher = load(args.teacher, args, dtype, dtype, width=512, layers=8, head_dim=64).requires_grad_(False)
@@ -128,11 +127,18 @@ def main() -> None:
               f"share {floor[name] / value:.2f}")
     print(f" peak memory: {peak / 2**30:.2f} GiB, {(peak - before) / 2**30:.2f} above the models")
     share = {name.replace(" ", "_"): round(floor[name] / value, 3) for name, value in measured.items()}
-    print(json.dumps({"name": f"roofline_{args.device}_{args.dtype}_{args.student}_{args.batch}",
+    return measured, {"name": f"roofline_{args.device}_{args.dtype}_{args.student}_{args.batch}",
                       "ratio": share["decode_step"], **share,
                       "tokens_per_second": round(args.batch / measured["decode step"], 1),
                       "peak_gib": round(peak / 2**30, 2), "gigabytes_per_second": round(bandwidth / 1e9, 2),
-                      "teraflops": round(rate / 1e12, 4)}))
+                      "teraflops": round(rate / 1e12, 4)}
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    give_back_freed_memory()
+    print(json.dumps(measure(args)[1]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,379 @@
+"""A budget on paper: what a decode step, scoring and an update cost on a GPU that need not be there.
+
+    python bench/budget.py                              # Qwen3 shapes on four GPUs, goals, kernels per layer
+    python bench/budget.py --models qwen3-0.6b --operators      # and operator by operator: what to fuse
+    python bench/budget.py --compiled                   # and kernels per layer after torch.compile
+    python bench/budget.py --measure                    # on a GPU: measured beside predicted
+
+This project's own code runs on tensors without memory (ledger.py), and every kernel is noted with its bytes and FLOPs.
+A kernel takes the longer of its two times, at the share of the data sheet's rates that such kernels attain, plus a
+fixed time; launched one by one, at least what the host needs to launch it. What is predicted is the sum. The table
+CARDS has every number, its source beside it; the shares and fixed times are estimates until --measure has been run.
+
+Decode steps are averaged over responses of up to --new tokens: everything grows evenly with the length. The floor is
+roofline.py's: bytes at the rate of a large copy, FLOPs at the rate of a large product. share = floor / predicted.
+Scoring is the teacher's pass and the product of its head with every response token, chunk by chunk; the update does the
+latter by itself, so a step has it once. An update is the backward pass with nothing recomputed, clipping, AdamW and
+the means for the log. A step is refreshing the sampling copy, prefill, --new decode steps, the teacher's pass and an
+update. Whether a model fits a card is not asked here (train.py --plan). Ends with one JSON line.
+"""
+import argparse
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from unittest import mock
+
+from common import QWEN3, Transformer, compile_extra, qwen3, random_model, shape  # isort: skip
+
+import torch
+
+import losses
+import roofline
+from extras.fast import flash as flash_file
+from ledger import FLASH_DECODE, GPU, Kernel, paper_gpu, paper_model
+from phases import Phases
+from rollout import Request, Slots, assemble
+from support.model_config import ModelConfig
+from teacher import Batch
+from train import Config
+
+PAIRS = {"qwen3-0.6b": "qwen3-4b", "qwen3-1.7b": "qwen3-8b", "qwen3-4b": "qwen3-8b", "qwen3-8b": "qwen3-8b"}
+BATCHES = 64, 256
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: two rates from its data sheet, and what kernels attain of them."""
+    bandwidth: float        # bytes per second, data sheet
+    rate: float             # dense bfloat16 FLOPs per second, data sheet
+    copy: float             # share of the bandwidth that a large copy attains, and kernels that only move bytes
+    weights: float          # share of it that products of few rows attain, and attention that reads a cache
+    product: float          # share of the rate that a large product attains
+    products: float         # share of that which the products of a model attain: smaller ones, of odd sizes
+    attention: float        # share of the rate that flash attention attains
+    fixed: float = 2e-6     # seconds of the shortest kernel and the gap behind it, in a CUDA graph
+    host: float = 7e-6      # seconds the host needs to launch one operator
+
+
+# bandwidth, rate   NVIDIA's data sheets "H200 Tensor Core GPU", "H100 Tensor Core GPU" (SXM), "A100 80GB Tensor Core
+#                   GPU" (SXM; without sparsity: half of the figure with a star), "Ada GPU architecture" (RTX 4090,
+#                   bfloat16 with float32 sums)
+# product           measured by others: "maximum achievable matmul FLOPS" in github.com/stas00/ml-engineering,
+#                   compute/accelerator (H100 0.80, A100 0.86); H200 as the H100; RTX 4090: estimate
+# attention         flash attention 2, which torch's operator is: arXiv:2307.08691 for the A100 (50-73 %),
+#                   arXiv:2407.08608 for the H100 (35 %); backward passes are at the lower end; RTX 4090: estimate
+# copy, weights, products, fixed, host    estimates
+CARDS = {
+    "H200": Card(4.80e12, 989e12, copy=0.90, weights=0.80, product=0.80, products=0.85, attention=0.33),
+    "H100": Card(3.35e12, 989e12, copy=0.90, weights=0.80, product=0.80, products=0.85, attention=0.33),
+    "A100": Card(2.039e12, 312e12, copy=0.88, weights=0.80, product=0.86, products=0.90, attention=0.55),
+    "RTX 4090": Card(1.008e12, 165.2e12, copy=0.92, weights=0.85, product=0.95, products=0.90, attention=0.60),
+}
+
+
+# Counting
+
+def all_rows(args) -> list[int]:
+    return list(dict.fromkeys((*BATCHES, args.batch)))
+
+
+def with_layers(raw: dict, layers: int) -> dict:
+    return {**raw, "num_hidden_layers": layers}
+
+
+def slots(actor: Transformer, rows: int, args) -> Slots:
+    return Slots(actor, [Request([0] * args.prompt, args.new, n) for n in range(rows)], rows, (0,), 1.0, 0)
+
+
+def decode_step(actor: Transformer, rows: int, args, ledger) -> Counter:
+    """A step of rollout.Slots at the mean length of the responses: what a CUDA graph records."""
+    pool = slots(actor, rows, args)
+    pool.cache.longest = args.prompt + args.new // 2
+    pool.cache.length_B.fill_(pool.cache.longest)
+    ledger.take()
+    pool.step(rows)
+    return ledger.take()
+
+
+def responses(args) -> Batch:
+    """args.batch responses of args.new tokens."""
+    parts = [[torch.zeros(args.new, dtype=dtype) for _ in range(args.batch)]
+             for dtype in (torch.int64, torch.float32, torch.float32)]
+    written = assemble([[0] * args.prompt] * args.batch, *parts, [False] * args.batch, GPU)
+    return Batch(written, list(range(args.batch)), [None] * args.batch, True, 0)
+
+
+def phases_of(student: dict, teacher: dict, args) -> dict[str, Counter]:
+    """The kernels of every phase of a step."""
+    found = {}
+    with paper_gpu() as ledger:
+        one = Phases(paper_model(student, torch.float32, torch.bfloat16, trained=True),
+                     paper_model(teacher, torch.bfloat16, torch.bfloat16),
+                     Config(micro_batch_tokens=args.micro_batch_tokens), student["vocab_size"])
+        ledger.take()
+        one.refresh()
+        found["refresh"] = ledger.take()
+        with torch.no_grad():
+            pool = slots(one.actor, args.batch, args)
+            ledger.take()
+            pool.admit(list(range(args.batch)))
+            found["prefill"] = ledger.take()
+            for rows in all_rows(args):
+                found[f"decode {rows}"] = decode_step(one.actor, rows, args, ledger)
+        one.batch = responses(args)
+        losses.zero_gradients(one.student)      # from the second step on they are there, and so are the moments
+        for name, phase in (("scoring", one.scoring), ("backward", one.backward), ("optimizer", one.update)):
+            if name == "optimizer":
+                phase()
+            ledger.take()
+            phase()
+            found[name] = ledger.take()
+        for row_n in torch.arange(args.batch * args.new, device=GPU).split(one.cfg.chunk_rows):
+            one.parts[0].fields(row_n)
+        found["teacher's head"] = ledger.take()
+    return found
+
+
+def grown(one: Counter, two: Counter, layers: int) -> Counter:
+    """The kernels of `layers` layers from those of one and of two: all layers are alike."""
+    return Counter({kernel: one[kernel] + (layers - 1) * (two[kernel] - one[kernel]) for kernel in one | two})
+
+
+def count(student: dict, teacher: dict, args) -> dict[str, Counter]:
+    """The kernels of every phase, and of one layer of a decode step (`layer`)."""
+    one, two = (phases_of(with_layers(student, n), with_layers(teacher, n), args) for n in (1, 2))
+    found = {phase: grown(one[phase], two[phase], (teacher if phase == "scoring" else student)["num_hidden_layers"])
+             for phase in one}
+    rows = f"decode {BATCHES[0]}"
+    return found | {"layer": Counter({kernel: two[rows][kernel] - one[rows][kernel] for kernel in two[rows]})}
+
+
+def total(kernels: Counter, what: str) -> int:
+    """Bytes, FLOPs or launches of all."""
+    return sum(times * getattr(kernel, what) for kernel, times in kernels.items())
+
+
+# Predicting
+
+def seconds(kernels: Counter, card: Card, launched: bool = True) -> float:
+    """launched: one by one, not from a CUDA graph."""
+    rates = {"product": card.product * card.products * card.rate, "attention": card.attention * card.rate}
+
+    def one(kernel: Kernel) -> float:
+        bandwidth = card.bandwidth * (card.copy if kernel.kind == "other" else card.weights)
+        work = max(kernel.bytes / bandwidth, kernel.flops / rates.get(kernel.kind, card.rate))
+        taken = work + kernel.launches * card.fixed
+        return max(taken, kernel.launches * card.host) if launched else taken
+    return sum(times * one(kernel) for kernel, times in kernels.items())
+
+
+def floors(student: dict, teacher: dict, args, card: Card, rows: int) -> dict[str, float]:
+    """roofline.floors at what a large copy and a large product attain."""
+    sizes = argparse.Namespace(batch=rows, prompt=args.prompt, new=args.new, gradient_checkpointing=False)
+    return roofline.floors(sizes, ModelConfig.from_dict(student), ModelConfig.from_dict(teacher), 2,
+                           card.bandwidth * card.copy, card.rate * card.product)
+
+
+def together(*parts: Counter) -> Counter:
+    """Their sum. Counter's own + would leave out what `grown` takes away."""
+    whole = Counter()
+    for part in parts:
+        whole.update(part)
+    return whole
+
+
+def phases(found: dict[str, Counter], args) -> dict[str, Counter]:
+    """The kernels of what is predicted, by its name in the table."""
+    rollout = Counter({kernel: args.new * n for kernel, n in found[f"decode {args.batch}"].items()})
+    update = together(found["backward"], found["optimizer"])
+    return {**{f"decode {rows}": found[f"decode {rows}"] for rows in all_rows(args)},
+            "scoring": together(found["scoring"], found["teacher's head"]), "backward": found["backward"],
+            "update": update, "step": together(found["refresh"], found["prefill"], rollout, found["scoring"], update)}
+
+
+def predicted(found: dict[str, Counter], student: dict, teacher: dict, args, card: Card) -> dict[str, tuple]:
+    """Phase -> (seconds, floor)."""
+    kernels, floor = phases(found, args), floors(student, teacher, args, card, args.batch)
+    out = {}
+    for rows in all_rows(args):
+        least = floors(student, teacher, args, card, rows)["decode step"]
+        for more, launched in (("", False), (", no graph", True)):
+            out[f"decode {rows}{more}"] = seconds(kernels[f"decode {rows}"], card, launched), least
+    for name in ("scoring", "backward", "update"):
+        out[name] = seconds(kernels[name], card), floor["scoring" if name == "scoring" else "update"]
+    others = together(found["refresh"], found["prefill"], found["scoring"], kernels["update"])
+    out["step"] = (seconds(others, card) + args.new * out[f"decode {args.batch}"][0],
+                   args.new * floor["decode step"] + floor["scoring"] + floor["update"])
+    return out
+
+
+# After torch.compile
+
+def compiled_kernels(layers: int) -> int:
+    """Kernels of a compiled decode step of this many layers, counted in the code that inductor writes for a CPU:
+    generated loops, products and other operators. Flash attention is one operator there, FLASH_DECODE on a GPU."""
+    from torch._inductor.utils import run_and_get_code      # slow to import
+    with torch.device("cpu"), mock.patch.multiple(flash_file, flash_ready=lambda *_: True, flash=opaque_flash):
+        small = random_model(qwen3(256, layers=layers), torch.bfloat16, torch.bfloat16, torch.device("cpu"))
+        small.requires_grad_(False)
+        torch._dynamo.reset()
+        compile_extra.compile_model(small)
+        pool = slots(small, 8, argparse.Namespace(prompt=8, new=8))
+        pool.cache.longest = 4
+        with torch.no_grad():
+            _, codes = run_and_get_code(small, pool.last_S[:, None], pool.cache)
+    body = codes[-1].split("def call(")[1]
+    calls = re.findall(r"^\s+(?:\w+ = )?(cpp_\w+|extern_kernels\.\w+|torch\.ops\.[\w.]+|aten\.[\w.]+)\(", body, re.M)
+    return sum(FLASH_DECODE if call.startswith("torch.ops.budget.flash") else 1 for call in calls)
+
+
+@torch.library.custom_op("budget::flash", mutates_args=())
+def flash_operator(q_NQH: torch.Tensor, k_MRH: torch.Tensor, v_MRH: torch.Tensor, used_k: torch.Tensor) -> torch.Tensor:
+    """Stands where flash attention stands; the answer is of no account."""
+    return q_NQH.clone()
+
+
+@flash_operator.register_fake
+def _(q_NQH, k_MRH, v_MRH, used_k):
+    return torch.empty_like(q_NQH)
+
+
+def opaque_flash(q_NQH, k_MRH, v_MRH, at):
+    return flash_operator(q_NQH, k_MRH, v_MRH, at.used_k)
+
+
+# Measuring
+
+def measured(name: str, teacher: str, args) -> dict[str, float]:
+    """Seconds of the phases on the GPU that is here, by roofline.py."""
+    out = {}
+    for rows in all_rows(args):
+        more = [] if rows == args.batch else ["--decode_only"]
+        found, _ = roofline.measure(roofline.arguments([
+            "--device", "cuda", "--dtype", "bfloat16", "--student", name, "--teacher", teacher, "--batch", str(rows),
+            "--prompt", str(args.prompt), "--new", str(args.new), "--rounds", "1", "--micro_batch_tokens",
+            str(args.micro_batch_tokens), *more]))
+        out[f"decode {rows}"] = found["decode step"]
+        # roofline's scoring is the teacher's pass without its head, its update the backward pass
+        out |= {ours: found[theirs] for ours, theirs in (("teacher's pass", "scoring"), ("backward", "update"),
+                                                         ("step", "step")) if theirs in found}
+    return out
+
+
+# Printing
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def lines(name: str, kernels: dict[str, Counter], times: dict[str, dict]) -> list[list[str]]:
+    """A line of the table for each phase of a model."""
+    rows = []
+    for phase in times["H200"]:
+        whole = kernels[phase.removesuffix(", no graph")]
+        cells = [f"{1e3 * taken:,.2f} / {1e3 * floor:,.2f} ({floor / taken:.2f})"
+                 for taken, floor in (times[card][phase] for card in CARDS)]
+        rows.append([name, phase, f"{total(whole, 'launches'):,}", f"{total(whole, 'bytes') / 1e9:,.1f}",
+                     f"{total(whole, 'flops') / 1e12:,.2f}", *cells])
+    return rows
+
+
+def by_operator(kernels: Counter, card: Card, launched: bool) -> list[list[str]]:
+    """Operator by operator, the longest first."""
+    parts: dict[str, Counter] = {}
+    for kernel, times in kernels.items():
+        if times:
+            parts.setdefault(kernel.operator, Counter())[kernel] += times
+    whole, rows = seconds(kernels, card, launched), []
+    for name, part in sorted(parts.items(), key=lambda item: -seconds(item[1], card, launched)):
+        taken = seconds(part, card, launched)
+        rows.append([name, f"{total(part, 'launches')}", f"{total(part, 'bytes') / 1e9:.3f}",
+                     f"{total(part, 'flops') / 1e12:.3f}", f"{1e3 * taken:.3f}", f"{taken / whole:.1%}"])
+    return rows
+
+
+def print_operators(name: str, found: dict[str, Counter], card: str) -> None:
+    for phase in (f"decode {BATCHES[0]}", "layer", "scoring", "backward", "optimizer"):
+        graph = phase.startswith("decode") or phase == "layer"
+        print(f"{name}, {phase}, operator by operator on {card}{' in a CUDA graph' if graph else ''}:\n")
+        print(table(["operator", "kernels", "GB", "TFLOP", "ms", "of the phase"],
+                    by_operator(found[phase], CARDS[card], not graph)))
+
+
+def goals(found: dict[str, Counter], times: dict[str, tuple], compiled: int | None) -> list[list[str]]:
+    share = {phase: floor / taken for phase, (taken, floor) in times.items()}
+    rows = [[f"decode step of {n} rows, share of its floor", f"{share[f'decode {n}']:.2f}", ">= 0.60"] for n in BATCHES]
+    rows.append(["kernels per layer of a decode step", f"{total(found['layer'], 'launches')}", "<= 16"])
+    if compiled is not None:
+        rows.append(["the same compiled (as inductor's code for a CPU has it)", f"{compiled}", "<= 12"])
+    return rows + [["scoring, share of the matrix rate", f"{share['scoring']:.2f}", ">= 0.60"],
+                   ["update, share of the matrix rate", f"{share['update']:.2f}", ">= 0.45"],
+                   ["a step over the sum of its floors", f"{1 / share['step']:.2f}", "<= 1.50"]]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--models", nargs="+", default=list(PAIRS), choices=list(PAIRS), help="students; each has the "
+                        "teacher of PAIRS")
+    parser.add_argument("--batch", type=int, default=64, help="responses of a step")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=1024)
+    parser.add_argument("--micro_batch_tokens", type=int, default=16_384)
+    parser.add_argument("--operators", action="store_true", help="operator by operator, of the first model")
+    parser.add_argument("--compiled", action="store_true", help="also kernels per layer after torch.compile (minutes)")
+    parser.add_argument("--measure", action="store_true", help="measured beside predicted, of the first model")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.measure and not torch.cuda.is_available():
+        raise SystemExit("--measure needs a CUDA GPU, and there is none; without it the budget is predicted alone")
+    rows, counted, first = [], {}, args.models[0]
+    for name in args.models:
+        student, teacher = shape(name, None), shape(PAIRS[name], None)
+        found = counted[name] = count(student, teacher, args)
+        times = {card: predicted(found, student, teacher, args, CARDS[card]) for card in CARDS}
+        if name == first:
+            first_times = times
+        rows += lines(name, phases(found, args), times)
+    print(f"Estimated, {args.batch} responses of {args.prompt} + {args.new} tokens: milliseconds / floor (share)\n")
+    print(table(["model", "phase", "kernels", "GB", "TFLOP", *CARDS], rows))
+    compiled = compiled_kernels(2) - compiled_kernels(1) if args.compiled else None
+    print(f"Goals on an H200, {first} under {PAIRS[first]}, estimated\n")
+    print(table(["what", "found", "goal"], goals(counted[first], first_times["H200"], compiled)))
+    if args.operators:
+        print_operators(first, counted[first], "H200")
+    result = {"name": f"budget_{first}", "ratio": None,
+              "predicted": {card: {phase: round(taken, 6) for phase, (taken, _) in times.items()}
+                            for card, times in first_times.items()},
+              "kernels_per_layer": total(counted[first]["layer"], "launches"), "compiled_per_layer": compiled}
+    if args.measure:
+        compare(first, counted[first], first_times, args, result)
+    print(json.dumps(result))
+
+
+def compare(name: str, kernels: dict[str, Counter], times: dict[str, dict], args, result: dict) -> None:
+    """Measured beside predicted, for the card of the table that is here."""
+    here = torch.cuda.get_device_name()
+    card = next((card for card in CARDS if card in here), None)
+    found = measured(name, PAIRS[name], args)
+    told = {}
+    if card:
+        told = {phase: taken for phase, (taken, _) in times[card].items()}
+        told["teacher's pass"] = seconds(kernels["scoring"], CARDS[card])
+    else:
+        print(f"{here} is not in CARDS: measured alone")
+    rows = [[phase, f"{1e3 * taken:,.2f}", *([f"{1e3 * told[phase]:,.2f}", f"{taken / told[phase]:.2f}"] if card else
+                                             ["", ""])] for phase, taken in found.items()]
+    print(f"{here}, {name} under {PAIRS[name]}, not compiled: milliseconds\n")
+    print(table(["phase", "measured", "predicted", "ratio"], rows))
+    result["measured"] = {phase: round(taken, 6) for phase, taken in found.items()}
+    if card:
+        result["ratio"] = round(found["step"] / told["step"], 3)
+
+
+if __name__ == "__main__":
+    main()
