@@ -63,7 +63,6 @@ def before_loading(cfg, setup) -> None:
 
 
 def attach(run) -> None:
-    rollout_file.respond = plain_respond
     if not named(run.cfg):
         return
     place, device = {"resident": stay, "park": park, "stream": stream}[run.cfg.teacher_memory], run.student.device
