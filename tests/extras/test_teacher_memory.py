@@ -56,10 +56,11 @@ def device(monkeypatch):
     return seen
 
 
-def two_steps(run) -> tuple[list[dict], list[torch.Tensor]]:
+def two_steps(run) -> tuple[str, list]:
+    """The records as text, in which NaN is NaN and a float has all its digits; the weights after them."""
     optimizer = adamw(run, lr=0.05)
     records = [one_step(run, optimizer, step) for step in range(2)]
-    return records, [parameter.detach().clone() for parameter in run.student.parameters()]
+    return repr(records), [parameter.tolist() for parameter in run.student.parameters()]
 
 
 def size(parameters) -> int:
@@ -81,11 +82,17 @@ def test_the_same_steps_are_taken_bit_for_bit(deep, command, recipe, where):
     if recipe == "several":
         flags |= dict(teacher=f"a={deep / 'deep'},b={deep / 'third'}", data=deep / "routed.jsonl",
                       eval_data=deep / "routed.jsonl")
-    (plain, plain_weights), (found, weights) = (
-        two_steps(ready(command, **flags, teacher_memory=place)) for place in ("resident", where))
-    assert all(torch.equal(a, b) for a, b in zip(plain_weights, weights, strict=True))
-    for mine, theirs in zip(plain, found, strict=True):
-        assert repr(mine) == repr(theirs)       # as text: NaN is NaN
+    plain, found = (two_steps(ready(command, **flags, teacher_memory=place)) for place in ("resident", where))
+    assert plain == found
+
+
+def test_packed_passes_are_streamed_as_they_are_cut(flash, deep, command):
+    """fails if: the fast ways of the device are not offered again, or a pass loses its keys between two layers"""
+    steps = []
+    for where in ("resident", "stream"):
+        run = ready(command, teacher=deep / "deep", teacher_memory=where, micro_batch_tokens=30)
+        steps.append(two_steps(run))
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize("teacher", ["deep", "tied"])
@@ -246,7 +253,7 @@ def test_int8_goes_with_either_place(deep, command, device):
         device.peak = 0
         found.append(two_steps(run))
     assert device.peak == 2 * size(layer.parameters())
-    assert repr(found[0]) == repr(found[1]) == repr(found[2])
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_teacher_without_problems_cannot_be_compared(deep, command):
