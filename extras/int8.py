@@ -31,8 +31,7 @@ def quantise(linear: Linear) -> None:
     """In place. The scale is rounded to the weight's dtype before it divides, so that its rounding is no error."""
     weight = linear.weight.float()
     scale = (weight.abs().amax(1) / 127).to(linear.weight.dtype)
-    scale[scale == 0] = 1       # a row of zeros
-    q = (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
+    q = (weight / scale[:, None].float()).nan_to_num().round().clamp(-127, 127).to(torch.int8)   # NaN: a row of zeros
     linear.weight, linear.scale = (nn.Parameter(x, requires_grad=False) for x in (q, scale))
     linear.__class__ = Int8Linear
 
