@@ -222,17 +222,25 @@ def test_a_quantised_row_is_off_by_half_a_step_at_most():
     close(linear(x), F.linear(x, linear.weight * linear.scale[:, None], linear.bias), 1e-4)
 
 
-def test_the_printed_distance_is_that_of_the_rounded_weights(deep, command, capsys):
-    """The reference rounds the weights of a plain model. fails if: the KL is the other way round, an unquantised layer
-    is compared, or a prompt's tokens are counted"""
+@torch.no_grad()
+def rounded_to(linear, levels):
+    scale = linear.weight.abs().amax(1, keepdim=True) / levels
+    linear.weight.copy_((linear.weight / scale).round() * scale)
+
+
+@pytest.mark.parametrize("levels", [127, 1])
+def test_the_printed_distance_is_that_of_the_rounded_weights(deep, command, monkeypatch, capsys, levels):
+    """The reference rounds the weights of a plain model; with a single level both directions of the KL are far apart.
+    fails if: it is the other one, an unquantised layer is compared, or a prompt's tokens are counted"""
+    if levels == 1:
+        monkeypatch.setattr(int8, "quantise", lambda linear: rounded_to(linear, 1))
     run = ready(command, teacher=deep / "deep", teacher_int8=True, temperature=0.7)
     said = re.search(r"int8 +teacher 1: KL.* (\S+) nats per token, the mean over (\d+) tokens of 10 responses",
                      capsys.readouterr().out)
     exact, rounded = (load_model(deep / "deep") for _ in "12")
+    for linear in projections(rounded):
+        rounded_to(linear, levels)
     with torch.no_grad():
-        for linear in projections(rounded):
-            scale = linear.weight.abs().amax(1, keepdim=True) / 127
-            linear.weight.copy_((linear.weight / scale).round() * scale)
         rollout, kl = int8.responses(run, 0), []
         for b in range(10):
             prompt, response = rollout.tokens_BT[b, :rollout.prompt_len_B[b]].tolist(), rollout.response(b)
