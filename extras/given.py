@@ -66,13 +66,16 @@ def rules(cfg) -> list[tuple[bool, str]]:
         (cfg.weight == "none" or cfg.lmbda == 1,
          f"weight {cfg.weight} reads the student's own samples: keep --lmbda 1"),
         (cfg.pts_hold <= cfg.pts_end, "--pts_hold and --pts_end are shares of the run, the first not above the second"),
-        (cfg.teacher != "none" or not (cfg.cold_start_steps or cfg.pts_weight or
-                                       cfg.lmbda < 1 and cfg.responses == "teacher"),
+        (cfg.teacher != "none" or not has_teacher_write(cfg),
          f"--teacher none: recipe {cfg.recipe} needs a teacher, to write responses"),
         (cfg.lmbda == 1 or cfg.responses == "solution" or cfg.teacher != "self" and "=" not in cfg.teacher,
          "--responses teacher is written by one teacher that is not the student itself; name one, or pass --responses "
          "solution"),
     ]
+
+
+def has_teacher_write(cfg) -> bool:
+    return bool(cfg.cold_start_steps or cfg.pts_weight or cfg.lmbda < 1 and cfg.responses == "teacher")
 
 
 def needs_answers(cfg) -> bool:

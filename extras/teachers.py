@@ -229,7 +229,8 @@ class Teachers(TeacherKind):
         """The models that score; the student itself where no copy is needed."""
         cfg, average = setup.cfg, None
         if cfg.teacher != "self":
-            models = [load_model(folder, dtype=setup.dtype, device=setup.device) for folder in self.folders.values()]
+            models = [load_model(folder, dtype=setup.dtype, device=setup.teacher_device)
+                      for folder in self.folders.values()]
         elif cfg.self_teacher == "ema":
             models = [average := load_model(setup.folder, compute_dtype=setup.dtype, device=setup.device)]
         elif cfg.self_teacher == "initial" and not cfg.lora_rank:   # full fine-tuning: the initial policy needs a copy

@@ -30,7 +30,8 @@ CHOSEN = ("slots", "micro_batch_tokens", "chunk_rows")     # memory, not mathema
 PHASES = {
     "sampling": ("KV cache", "logits of the slots", "packed head of the slots"),
     "evaluation": ("KV cache, logits and head of the evaluation",),
-    "scoring": ("teacher's pass over a micro-batch", "logits of a scored chunk"),
+    "scoring": ("teacher's pass over a micro-batch", "logits of a scored chunk", "teacher layers on their visit",
+                "teacher states between two layers"),
     "update": ("activations of a micro-batch", "logits of a chunk", "weights as they are multiplied"),
     "optimizer step": ("AdamW moments on their visit",),
     "saving": ("weights as they are written",),
@@ -39,7 +40,7 @@ PHASES = {
 
 # Flags of extras that take or save memory, and what holds where an extra is not there
 ABSENT = {"lora_rank": 0, "offload_optimizer": False, "gradient_checkpointing": False, "self_teacher": "initial",
-          "reference": "", "compile": False, "plain": "all"}
+          "reference": "", "compile": False, "plain": "all", "teacher_memory": "resident", "teacher_int8": False}
 
 
 def flag(cfg, name: str):
@@ -149,6 +150,11 @@ def forward_pass(c: ModelConfig, tokens: int, item: int) -> int:
     return tokens * (item * (3 * c.intermediate_size + 2 * (q + kv) + 2 * c.hidden_size) + 8 * c.hidden_size)
 
 
+def cast(cfg, c: ModelConfig, item: int) -> int:
+    """Bytes of the largest int8 matrix of a teacher, cast for its product."""
+    return c.hidden_size * max(c.intermediate_size, head_widths(c)[0]) * item * flag(cfg, "teacher_int8")
+
+
 def adapter_weights(c: ModelConfig, rank: int) -> int:
     """Numbers in the adapters of a model: rank rows for what goes into each of 7 matrices, and for what comes out."""
     q, kv = head_widths(c)
@@ -160,16 +166,47 @@ def scorers(cfg, job: Job) -> list[Sized]:
     return job.teachers or [job.student] * (cfg.teacher == "self")
 
 
+class TeacherBytes(NamedTuple):
+    """Bytes of a teacher's weights."""
+    stay: int       # on the device all the time
+    visit: int      # there at once while it scores, beside those
+    wait: int       # in host memory
+
+
+def teacher_bytes(cfg, job: Job, teacher: Sized) -> TeacherBytes:
+    c, item = teacher.config, compute_dtype(cfg, job.device).itemsize
+    table = c.vocab_size * c.hidden_size * item
+    end, embedding = table + c.hidden_size * item, 0 if c.tie_word_embeddings else table    # end: norm and head
+    layers = teacher.weights * item - end - embedding
+    if flag(cfg, "teacher_int8"):
+        q, kv = head_widths(c)
+        rows = q + 2 * kv + 2 * c.hidden_size + 2 * c.intermediate_size
+        matrices = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+        layers += c.num_hidden_layers * (rows * item - matrices * (item - 1))
+    if flag(cfg, "teacher_memory") == "park":
+        return TeacherBytes(end, embedding + layers, embedding + layers)
+    if flag(cfg, "teacher_memory") == "stream":
+        at_once = min(2, c.num_hidden_layers)
+        return TeacherBytes(end, at_once * (layers // c.num_hidden_layers), embedding + layers)
+    return TeacherBytes(end + embedding + layers, 0, 0)
+
+
+def teachers_wait(cfg, job: Job) -> int:
+    """Bytes of all teachers in host memory."""
+    return sum(teacher_bytes(cfg, job, teacher).wait for teacher in job.teachers)
+
+
 def frozen_weights(cfg, job: Job) -> int:
     """Bytes of the models beside the student: teachers, reference, the running average (float32, since it moves)."""
-    item, found = compute_dtype(cfg, job.device).itemsize, sum(teacher.weights for teacher in job.teachers)
+    item, found = compute_dtype(cfg, job.device).itemsize, 0
     if cfg.teacher == "self" and flag(cfg, "self_teacher") == "ema":
         found += job.student.weights * 4 // item
     if cfg.teacher == "self" and flag(cfg, "self_teacher") == "initial" and not flag(cfg, "lora_rank"):
         found += job.student.weights
     if job.reference and (flag(cfg, "reference") or not flag(cfg, "lora_rank")):
         found += job.reference.weights
-    return item * found
+    teachers = sum(teacher_bytes(cfg, job, teacher).stay for teacher in job.teachers)
+    return item * found + teachers + teachers_wait(cfg, job) * (job.device.type == "cpu")
 
 
 def lasting(cfg, job: Job) -> dict[str, int]:
@@ -205,7 +242,11 @@ def passing(cfg, job: Job) -> dict[str, int]:
         "logits of the slots": min(cfg.slots, sequences) * job.vocab_size * item,
         "packed head of the slots": s.hidden_size * job.vocab_size * item * cpu,
         "KV cache, logits and head of the evaluation": evaluation(cfg, job),
-        "teacher's pass over a micro-batch": max((forward_pass(c, tokens, item) for c in read), default=0),
+        "teacher's pass over a micro-batch": max((forward_pass(c, tokens, item) + cast(cfg, c, item) for c in read),
+                                                 default=0),
+        "teacher layers on their visit": max((teacher_bytes(cfg, job, t).visit for t in job.teachers), default=0),
+        "teacher states between two layers": sequences * length * item * max(
+            (c.hidden_size + 2 * c.head_dim for c in read), default=0) * (flag(cfg, "teacher_memory") == "stream"),
         "logits of a scored chunk": 3 * 4 * theirs * chunk,
         "activations of a micro-batch": kept_activations(s, tokens, item, flag(cfg, "gradient_checkpointing"),
                                                           flag(cfg, "lora_rank")),
@@ -228,7 +269,8 @@ def evaluation(cfg, job: Job) -> int:
         return cache(c, slots, length, item) + slots * vocab_size * item + head
     later = (4 if offloads(cfg, job) else 12) * (trained or job.student.weights)
     teachers = [answering(teacher.config, job.teacher_vocab or job.vocab_size) - later
-                for teacher in job.teachers if cfg.eval_teacher]
+                + teacher_bytes(cfg, job, teacher).visit
+                for teacher in job.teachers if cfg.eval_teacher and flag(cfg, "teacher_memory") != "stream"]
     return max(answering(job.student.config, job.vocab_size), *teachers, 0)
 
 
@@ -253,7 +295,11 @@ def host_plan(cfg, job: Job) -> dict[str, int]:
     trained = adapter_weights(job.student.config, flag(cfg, "lora_rank")) or job.student.weights
     moments = 8 * trained if offloads(cfg, job) else 0
     written = max(on_disk(job.student.config) * job.student.weights, 12 * trained - moments)
-    return {"AdamW moments": moments, "a checkpoint as it is written": written, **job.text}
+    elsewhere = flag(cfg, "teacher_int8") or flag(cfg, "teacher_memory") != "resident"
+    loaded = elsewhere * sum(teacher.weights for teacher in job.teachers) * compute_dtype(cfg, job.device).itemsize
+    return {"AdamW moments": moments, "a checkpoint as it is written": written, **job.text,
+            # whole while they are loaded, before there are moments or a checkpoint
+            "teacher weights": max(teachers_wait(cfg, job), loaded - moments - written)}
 
 
 def memory_plan(cfg, job: Job) -> dict[str, int]:

@@ -12,6 +12,7 @@ import torch
 
 from support import memory as memory_file
 from support.errors import UserError, shown
+from support.extras import offers
 from support.memory import (CHOSEN, PHASES, ROOM, Job, compute_dtype, fit, flag, free_memory, fullest, host_plan,
                             memory_plan, peak, size_text, total_memory)
 
@@ -55,13 +56,16 @@ def trials(cfg, job: Job) -> list[tuple[dict, bool]]:
              ({"max_new_tokens": max(cfg.max_new_tokens // 2, 1)}, False),
              ({"problems": max(cfg.problems // 2, 1)}, False),
              ({"samples": max(cfg.samples // 2, min(cfg.samples, 2))}, False)]      # groups need two
-    if job.device.type != "cpu" and memory_file.processes() == 1:
-        found.append(({"offload_optimizer": True}, True))
+    if job.device.type != "cpu":
+        found += [({"offload_optimizer": True}, True), ({"teacher_memory": "stream"}, True),
+                  ({"teacher_int8": True}, False)]
+        found += [({"teacher_memory": "park"}, True)] * (flag(cfg, "teacher_memory") == "resident")
     if flag(cfg, "lora_rank") == 0 or flag(cfg, "lora_rank") > 16:
         found.append(({"lora_rank": 16}, False))
     if compute_dtype(cfg, job.device) == torch.float32:
         found.append(({"dtype": "bfloat16"}, False))
-    return [(flags, same) for flags, same in found if all(hasattr(cfg, name) for name in flags)]
+    return [(flags, same) for flags, same in found if all(hasattr(cfg, name) for name in flags)
+            and all(holds for rules in offers("rules") for holds, _ in rules(replace(cfg, **flags)))]
 
 
 def savings(cfg, job: Job) -> list[tuple[int, dict, bool]]:
@@ -169,7 +173,7 @@ def announce(cfg, job: Job) -> int:
         lines.append(f"        warning: it goes on, since this is an estimate; {way_text(cfg, job)}")
     elif (free := free_memory(job.device)) is not None and need > free:
         lines.append(f"        warning: only {size_text(free)} are free at the moment; end what else is running")
-    if job.device.type != "cpu" and flag(cfg, "offload_optimizer"):
+    if job.device.type != "cpu" and (flag(cfg, "offload_optimizer") or host_plan(cfg, job)["teacher weights"]):
         lines.append(f"        {host_text(cfg, job)}")
     print("\n".join(lines + host_warning(cfg, job)))
     return need

@@ -76,6 +76,10 @@ class Setup:
     first: int                  # how many of them come from --data
     held_out: list[Problem]
     prompts: list[list[int]]
+    teacher_device: torch.device = field(init=False)    # that teachers are loaded to: `device`, or an extra's choice
+
+    def __post_init__(self):
+        self.teacher_device = self.device
 
 
 class Writer(NamedTuple):
@@ -128,7 +132,7 @@ class OneTeacher(TeacherKind):
         self.context = self.configs[0].context
 
     def load(self, setup: Setup, student: Transformer) -> Teacher:
-        model = load_model(self.folder, dtype=setup.dtype, device=setup.device).requires_grad_(False)
+        model = load_model(self.folder, dtype=setup.dtype, device=setup.teacher_device).requires_grad_(False)
         model.title, model.vocab_size = "the teacher", setup.tokenizer.vocab_size
         self.models = [model]
         return Teacher(model, setup.cfg)

@@ -108,7 +108,7 @@ def reference_flash(q_NQH, k_MRH, v_MRH, at):
 
 
 GRAPHS_ON_MODEL = graphs.on_model
-PLAIN = [(rollout, "head_product"), (rollout.Slots, "decode"), (model_file, "masked_attention"),
+PLAIN = [(rollout, "head_product"), (rollout, "respond"), (rollout.Slots, "decode"), (model_file, "masked_attention"),
          (model_file.Linear, "forward"), (losses, "few_rows")]
 PLAIN = [(place, name, getattr(place, name)) for place, name in PLAIN]
 

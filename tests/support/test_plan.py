@@ -112,7 +112,7 @@ def test_a_plan_that_does_not_fit_names_flags_with_which_it_does(folders, no_dev
     need, many, saved = (float(words[i]) for i in (words.index("about") + 1, words.index("GiB,") + 1, -2))
     assert abs(need - 20.0 - many) < 0.11 and "would save the most" in first and saved > many
     flags = second.split("it would fit with ")[1].split(": about ")[0]
-    assert flags == "--offload_optimizer"      # --lora_rank 16 saves more, but is another run
+    assert flags == "--teacher_memory stream"      # --lora_rank 16 saves more, but is another run
     assert planned(command(**given) + flags.split()) == 0
     assert first_lines(capsys)[0].startswith("plan    fits: about ")
 
@@ -277,13 +277,14 @@ def test_flags_that_keep_the_run_are_tried_first(job):
     needed, or the search stops where two phases need nearly the same."""
     cfg, wide = cfg_of(), job()
     least = memory.peak(memory.memory_plan(replace(cfg, gradient_checkpointing=True), wide)) / GIB
-    assert plan.way_to_fit(cfg, job(least + 0.1))[0] == {"gradient_checkpointing": True}
-    for size, more in ((16, {}), (13.5, {"chunk_rows": 221})):      # less needs both the update and the saving smaller
+    assert plan.way_to_fit(cfg, job(least + 0.1))[0] == {"teacher_memory": "stream"}
+    assert plan.way_to_fit(cfg, job(18))[0] == {"teacher_memory": "stream", "gradient_checkpointing": True}
+    for size, more in ((7, {}), (6.7, {"chunk_rows": 221})):        # less needs both the update and the saving smaller
         flags, need = plan.way_to_fit(cfg, job(size))
-        assert flags == {"lora_rank": 16, "gradient_checkpointing": True, **more}
+        assert flags == {"lora_rank": 16, "teacher_memory": "stream", "gradient_checkpointing": True, **more}
         assert need == memory.peak(memory.memory_plan(replace(cfg, **flags), job())) <= size * GIB
     many = replace(cfg, slots=256)      # half of the tokens saves most at first, and nothing in the end
-    assert plan.way_to_fit(many, job(16.5))[0] == {"slots": 50, "lora_rank": 16, "gradient_checkpointing": True}
+    assert plan.way_to_fit(many, job(16.5))[0] == {"slots": 100, "teacher_memory": "stream", "offload_optimizer": True}
     assert plan.way_to_fit(cfg, job(2)) == ({}, 0) and "take smaller models" in plan.way_text(cfg, job(2))
 
 
