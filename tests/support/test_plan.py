@@ -278,8 +278,10 @@ def test_flags_that_keep_the_run_are_tried_first(job):
     cfg, wide = cfg_of(), job()
     least = memory.peak(memory.memory_plan(replace(cfg, gradient_checkpointing=True), wide)) / GIB
     assert plan.way_to_fit(cfg, job(least + 0.1))[0] == {"teacher_memory": "stream"}
-    assert plan.way_to_fit(cfg, job(18))[0] == {"teacher_memory": "stream", "gradient_checkpointing": True}
-    for size, more in ((7, {}), (6.7, {"chunk_rows": 221})):        # less needs both the update and the saving smaller
+    both = {"teacher_memory": "stream", "offload_optimizer": True}
+    assert plan.way_to_fit(cfg, job(16))[0] == both
+    assert plan.way_to_fit(cfg, job(12))[0] == {**both, "gradient_checkpointing": True}
+    for size, more in ((8, {}), (6.7, {"chunk_rows": 221})):        # less needs both the update and the saving smaller
         flags, need = plan.way_to_fit(cfg, job(size))
         assert flags == {"lora_rank": 16, "teacher_memory": "stream", "gradient_checkpointing": True, **more}
         assert need == memory.peak(memory.memory_plan(replace(cfg, **flags), job())) <= size * GIB
