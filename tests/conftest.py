@@ -17,7 +17,8 @@ TESTS = Path(__file__).resolve().parent
 for folder in (TESTS, TESTS.parent):        # so that tests in any folder find conftest, helpers and the code
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-pytest.register_assert_rewrite("loss_reference", "signal_lists", "crossing_reference", "tokenizer_kinds")
+pytest.register_assert_rewrite("loss_reference", "signal_lists", "crossing_reference", "tokenizer_kinds",
+                               "tokenizer_folders")
 import losses  # noqa: E402
 import model as model_file  # noqa: E402
 import rollout  # noqa: E402
@@ -25,6 +26,7 @@ from model import Transformer  # noqa: E402
 from model_cases import peer  # noqa: E402, F401 (a fixture)
 from support.extras import load_extras  # noqa: E402
 from support.model_config import ModelConfig  # noqa: E402
+from tokenizer_folders import checkpoints  # noqa: E402, F401 (a fixture)
 
 load_extras()       # an extra remembers at import the plain function that it replaces
 from extras import fast  # noqa: E402

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from conftest import CHARACTERS, write_checkpoint
-from helpers import jsonl
+from helpers import jsonl, ready
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from extras.cross_tokenizer.rows import CrossRows, on_shared
@@ -199,3 +199,26 @@ def cross_rows(student_NV, teacher_NV, token_N, shared, before):
     student_NK, teacher_NK, place_N = on_shared(student_NV, teacher_NV, token_N, shared)
     return CrossRows(student_NK, place_N, teacher_NK, student_NV, teacher_NV, token_N, shared, *before,
                      torch.ones_like(token_N, dtype=torch.bool))
+
+
+def foreign(world, command, **flags):
+    """(run, its tokenizer) with a teacher of another tokenizer, the last one where there are several."""
+    run = ready(command, **{**dict(teacher=world / "foreign", divergence="policy_gradient", max_grad_norm=1e9,
+                                   problems=3, max_new_tokens=9), **flags})
+    return run, run.kind.bridges[-1].teacher
+
+
+def prompt_of(theirs, text):
+    return theirs.encode(f"<s>{text}*")
+
+
+def told(run, theirs, batch, mode="chunk", seen=None, only=None):
+    """The reference of every response that the last teacher reads (all, or those in `only`; else None)."""
+    return [None if only is not None and b not in only else
+            naive(run.student, run.kind.models[-1], run.tokenizer, theirs, run.prompts[i],
+                  seen[b] if seen else prompt_of(theirs, run.train[i].prompt), batch.rollout.response(b),
+                  bool(batch.rollout.finished_B[b]), mode) for b, i in enumerate(batch.asked)]
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

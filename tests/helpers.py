@@ -1,7 +1,10 @@
 """What the tests of whole steps and runs share: a run that is ready to step, and what it leaves."""
+import errno
 import json
+import os
 from dataclasses import replace
 
+import pytest
 import torch
 
 import train
@@ -140,3 +143,32 @@ def begun(run, monkeypatch, written):
     for prepare in run.before_first_step:
         prepare(run, None, None)
     return run
+
+
+WEIGHTS = ("last/model.safetensors", "last/trainer.safetensors")
+MARKED = {"recipe": "opd", "student": "s", "teacher": "t", "steps": 4}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """No test can pull the plug, so nothing here needs the seconds that fsync takes on a busy disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def result(folder):
+    """What must not depend on interruptions: weights, moments, links, records and held-out answers."""
+    def without_seconds(value):
+        if isinstance(value, dict):
+            return {key: without_seconds(item) for key, item in value.items()
+                    if "second" not in key and key not in ("commit", "phases", "timings", "peak_memory")}
+        return value
+    texts = (folder / "metrics.jsonl").read_text().splitlines()
+    texts += [(folder / name).read_text() for name in ("last/trainer.json", "summary.json")]
+    return {**{name: (folder / name).read_bytes() for name in WEIGHTS}, "best": os.readlink(folder / "best"),
+            "records": [without_seconds(json.loads(text)) for text in texts],
+            "samples": {path.name: path.read_bytes() for path in folder.glob("samples/*")},
+            "left": sorted(path.name for path in folder.iterdir())}
+
+
+def disk_full():
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

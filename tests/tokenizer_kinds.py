@@ -3,10 +3,15 @@ hard texts for them, and the definition of a finest common partition.
 """
 import json
 import random
-from itertools import accumulate
+from itertools import accumulate, product
 
+import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
+
+from extras.cross_tokenizer.align import Bridge
+from extras.cross_tokenizer.token_bytes import raw_copy, token_bytes
+from support.tokenizer import Tokenizer
 
 FAMILY = "\U0001F468\u200d\U0001F469\u200d\U0001F467\u200d\U0001F466"
 SENTENCES = ["The quick brown fox: 12345 + 678 = 13023, so 3*4=12; 12-5=7.", "def f(x):\n    return x  # 12\n\n",
@@ -147,3 +152,35 @@ def starting(table, prefix):
 def mixtures(rng, number):
     return ["".join(rng.choice(TEXTS + SENTENCES)[:rng.randrange(1, 30)] for _ in range(rng.randrange(1, 5)))
             for _ in range(number)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kinds")
+    for name, build in KINDS.items():
+        backend, stops = build()
+        (root / name).mkdir()
+        backend.save(str(root / name / "tokenizer.json"))
+        stop_ids = [backend.token_to_id(text) for text in stops]
+        (root / name / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def sides(folders):
+    return {name: Tokenizer(folders / name) for name in KINDS}
+
+
+@pytest.fixture(scope="module")
+def tables(sides):
+    return {name: token_bytes(side) for name, side in sides.items()}
+
+
+@pytest.fixture(scope="module")
+def raws(sides):
+    return {name: raw_copy(side) for name, side in sides.items()}
+
+
+@pytest.fixture(scope="module")
+def bridges(sides):
+    return {(a, b): Bridge(sides[a], sides[b]) for a, b in product(KINDS, KINDS)}

@@ -2,9 +2,8 @@
 was left alone.
 
 The kills at random instants are real ones, from outside; RESUME_KILLS=20 asks for more of them. That no file
-operation is a bad instant to die is tested exhaustively, in-process, on checkpoint.py alone.
+operation is a bad instant to die is tested exhaustively, in-process, on checkpoint.py alone: test_resume_instants.py.
 """
-import errno
 import json
 import os
 import random
@@ -17,42 +16,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from helpers import MARKED, disk_full, no_waiting_for_the_disk, result  # noqa: F401 (a fixture)
 
 import train
-from model import Transformer
-from support import checkpoint, run_folder, saving
+from support import checkpoint, saving
 from support.checkpoint import RunFolder
 from support.errors import UserError
-from support.model_config import ModelConfig
-from support.tokenizer import Tokenizer
 
 KILLS = int(os.environ.get("RESUME_KILLS", "4"))
-WEIGHTS = ("last/model.safetensors", "last/trainer.safetensors")
 REAL_STEP = train.train_step
-MARKED = {"recipe": "opd", "student": "s", "teacher": "t", "steps": 4}
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    """No test can pull the plug, so nothing here needs the seconds that fsync takes on a busy disk."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-def result(folder):
-    """What must not depend on interruptions: weights, moments, links, records and held-out answers."""
-    def without_seconds(value):
-        if isinstance(value, dict):
-            return {key: without_seconds(item) for key, item in value.items()
-                    if "second" not in key and key not in ("commit", "phases", "timings", "peak_memory")}
-        return value
-    texts = (folder / "metrics.jsonl").read_text().splitlines()
-    texts += [(folder / name).read_text() for name in ("last/trainer.json", "summary.json")]
-    return {**{name: (folder / name).read_bytes() for name in WEIGHTS}, "best": os.readlink(folder / "best"),
-            "records": [without_seconds(json.loads(text)) for text in texts],
-            "samples": {path.name: path.read_bytes() for path in folder.glob("samples/*")},
-            "left": sorted(path.name for path in folder.iterdir())}
 
 
 def interrupt(monkeypatch, at, action):
@@ -285,142 +257,3 @@ def test_a_full_disk_between_checkpoints_is_one_sentence(command, tmp_path, monk
         with pytest.raises(UserError, match="cannot write .*; free some space and run the same command"):
             getattr(folder, method)(*([1, []] if method == "write_samples" else [{}]))
         monkeypatch.undo()
-
-
-# every instant
-
-class Death(BaseException):
-    """Like a kill: nothing catches it."""
-
-OPERATIONS = [(os, "replace"), (os, "fsync"), (shutil, "copyfile"), (checkpoint, "save_file"),
-              (saving, "save_file"), (Path, "write_text"), (Path, "write_bytes"), (Path, "unlink"), (Path, "rmdir"),
-              (Path, "symlink_to"), (Path, "mkdir")]
-
-
-def break_operation(patch, fatal, error):
-    """File operation number `fatal` raises; on a full disk so do all later ones that need space. A write
-    leaves half of its file. Returns a list with an entry per operation."""
-    done, deletions = [], (Path.rmdir, Path.unlink)
-    written = {checkpoint.save_file: 1, shutil.copyfile: 1, Path.write_text: 0, Path.write_bytes: 0}    # which argument
-    def wrap(real):
-        def operation(*args, **kwargs):
-            done.append(real)
-            full = error is not Death and len(done) > fatal and real not in deletions
-            if full or error is Death and len(done) == fatal + 1:
-                if real in written:
-                    real(*args, **kwargs)
-                    os.truncate(args[written[real]], os.path.getsize(args[written[real]]) // 2)
-                raise error()
-            return real(*args, **kwargs)
-        return operation
-    for owner, name in OPERATIONS:
-        patch.setattr(owner, name, wrap(getattr(owner, name)))
-    return done
-
-
-def check_links(folder):
-    """last and best, where they exist, are whole checkpoints at every instant."""
-    for link in (folder / "last", folder / "best"):
-        if link.is_symlink():
-            assert json.loads((link / "trainer.json").read_text())["step"] == int(os.readlink(link)[-6:])
-            assert load_file(link / "model.safetensors") and load_file(link / "trainer.safetensors")
-            assert Tokenizer(link).stop_ids
-
-
-def small_run(folder, tokenizer, steps=4, fresh=False, **other):
-    """RunFolder used as train.py does, with a model that its optimizer moves. Steps 1 and 3 are the best."""
-    config = dict(model_type="llama", vocab_size=3, hidden_size=2, intermediate_size=2, num_hidden_layers=1,
-                  num_attention_heads=1)
-    model = Transformer(ModelConfig.from_dict(config)).init_weights(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    run = RunFolder(folder, {**MARKED, **other}, fresh)
-    state = run.resume(model, optimizer, {}, {}) or {"step": 0}
-    while state["step"] < steps:
-        step = state["step"] = state["step"] + 1
-        for number, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.full_like(parameter, step + number)
-        optimizer.step()
-        run.log({"step": step})
-        if step % 2:
-            run.write_samples(step, [{"step": step}])
-            state["best_step"] = step
-        run.save(step, model, tokenizer, optimizer, state, best=state["best_step"] == step, also={})
-    run.write_summary({"step": steps})
-
-
-def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, pair, monkeypatch):
-    """fails if: a file of a checkpoint, or one of the small files, is renamed before it is flushed."""
-    flushed, renamed, real = [], [], os.replace
-    def replace(source, target):
-        if not Path(source).is_symlink():
-            assert {Path(source), *Path(source).glob("*")} <= set(flushed)
-            renamed.append(Path(target).name)
-        real(source, target)
-    for file in (checkpoint, run_folder):
-        monkeypatch.setattr(file, "flush", flushed.append)
-    monkeypatch.setattr(os, "replace", replace)
-    small_run(tmp_path / "run", Tokenizer(pair / "student"), steps=2)
-    assert {"config.json", "metrics.jsonl", "step-000001", "step-000002", "summary.json"} <= set(renamed)
-    assert flushed.count(tmp_path / "run") == 2
-    assert flushed[-1] == tmp_path / "run/summary.json.unfinished"
-
-
-def disk_full():
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("error", [Death, disk_full], ids=["kill", "full"])
-def test_no_file_operation_is_a_bad_instant(tmp_path, pair, monkeypatch, error):
-    """The process dies, or the disk is full from then on, at each of a hundred operations; then all is well.
-    fails if: a checkpoint is renamed before it is complete, a leftover blocks the next start, or a link is
-    forgotten."""
-    tokenizer = Tokenizer(pair / "student")
-    small_run(tmp_path / "calm", tokenizer)
-    expected = result(tmp_path / "calm")
-    assert expected["left"] == [".lock", "best", "config.json", "last", "metrics.jsonl", "samples",
-                                "step-000003", "step-000004", "summary.json"]
-    for fatal in range(1000):
-        folder = tmp_path / str(fatal)
-        with monkeypatch.context() as patch:
-            done = break_operation(patch, fatal, error)
-            try:
-                small_run(folder, tokenizer)
-            except (Death, UserError) as reason:
-                assert isinstance(reason, UserError) == (error is not Death)
-        if len(done) <= fatal:
-            break
-        check_links(folder)
-        small_run(folder, tokenizer)
-        assert result(folder) == expected, fatal
-        shutil.rmtree(folder)
-    assert fatal > 100
-
-
-def test_a_killed_fresh_leaves_the_old_run_whole_or_nothing_of_it(tmp_path, pair, monkeypatch):
-    """The old run has another configuration: the next command without --fresh may refuse it, but only as it was.
-    fails if: what is half deleted bears the name of a run, or something is left over."""
-    tokenizer = Tokenizer(pair / "student")
-    small_run(tmp_path / "calm/a", tokenizer, steps=1, seed=0)
-    small_run(tmp_path / "old/a", tokenizer, steps=2, seed=1)
-    expected, old = result(tmp_path / "calm/a"), result(tmp_path / "old/a")
-    refused = 0
-    for fatal in range(1000):
-        runs = tmp_path / str(fatal)
-        shutil.copytree(tmp_path / "old", runs, symlinks=True)
-        with monkeypatch.context() as patch:
-            done = break_operation(patch, fatal, Death)
-            try:
-                small_run(runs / "a", tokenizer, steps=1, fresh=True, seed=0)
-            except Death:
-                pass
-        if len(done) <= fatal:
-            break
-        try:
-            small_run(runs / "a", tokenizer, steps=1, seed=0)
-        except UserError as error:
-            assert "was started with seed" in str(error) and result(runs / "a") == old
-            refused += 1
-        else:
-            assert result(runs / "a") == expected and os.listdir(runs) == ["a"], fatal
-        shutil.rmtree(runs)
-    assert fatal > 40 and refused in (1, 2)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from support import tokenizer as tokenizer_file  # noqa: E402
 from support.template import SOURCE  # noqa: E402
-from test_tokenizer import changed, sentence, u, write  # noqa: E402
+from tokenizer_folders import changed, sentence, u, write  # noqa: E402
 from support.tokenizer import TEXT_FILES, Tokenizer  # noqa: E402
 
 
