@@ -19,7 +19,7 @@ import numpy as np
 from rollout import generate
 from support.errors import UserError
 from support.held_out import check_out, distance, distance_to, write_samples
-from support.problems import Problem, answered, load_problems
+from support.problems import Problem, answered, checked_prompts, load_problems
 from support.memory import compute_dtype
 from support.settings import check_eval_settings, eval_arguments
 from support.setup import choose_device
@@ -65,21 +65,9 @@ def evaluate(model, tokenizer, problems: list[Problem], *, k: int, temperature: 
     Raises UserError before anything is sampled.
     """
     check_eval_settings(k, temperature, max_new_tokens, slots, verifier)
-    if not problems:
-        raise UserError("there are no problems to evaluate on")
     if all(problem.answer is None for problem in problems):
         verifier = None
-    prompts = []
-    for problem in problems:        # one by one: a template may make each prompt large, and the first says so
-        ids = tokenizer.prompt_ids(problem.prompt)
-        if not ids:
-            raise UserError(f"the prompt on {problem.place} has no tokens, and a model needs one (the bos token, say)")
-        if len(ids) + max_new_tokens > model.config.context:
-            raise UserError(f"the prompt on {problem.place} has {len(ids)} tokens; with max_new_tokens "
-                            f"{max_new_tokens} it does not fit the model's context of {model.config.context}")
-        if verifier is not None and problem.answer is None:
-            raise UserError(f"the problem on {problem.place} has no answer to grade against")
-        prompts.append(ids)
+    prompts = checked_prompts(problems, tokenizer, max_new_tokens, model.config.context, graded=verifier is not None)
     rollout = generate(model, prompts, samples=k, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids,
                        temperature=temperature, seed=seed, slots=slots, progress=progress)
     logp_BT, mask_BT, finished_B = rollout.logp_BT.cpu(), rollout.mask_BT.cpu(), rollout.finished_B.tolist()

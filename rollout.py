@@ -61,13 +61,6 @@ class Rollout:
         """(B, T) -> (N,): the response tokens in row-major order, the order of every _N tensor."""
         return per_token_BT[self.mask_BT]
 
-    def with_prompts(self, prompts: list[list[int]]) -> "Rollout":
-        """The same responses after other prompts, one per sequence: what a teacher with another context reads. Rows
-        keep their number and order."""
-        mask_BT, parts = self.mask_BT.cpu(), (self.tokens_BT.cpu(), self.logp_BT.cpu(), self.entropy_BT.cpu())
-        responses, logps, entropies = ([row[mask] for row, mask in zip(part, mask_BT)] for part in parts)
-        return assemble(prompts, responses, logps, entropies, self.finished_B.tolist(), self.tokens_BT.device)
-
     def micro_batches(self, sequence_b: Tensor, max_tokens: int):
         """Yield (tokens_bt, mask_bt, row_n) of groups of these sequences, side by side and of similar length, each of
         at most max_tokens tokens padding included (or one sequence). row_n says where the group's response tokens, in
@@ -100,17 +93,21 @@ def groups(order: list[int], lengths: list[int], max_tokens: int):
 def assemble(prompts: list[list[int]], responses: list[Tensor], logps: list[Tensor], entropies: list[Tensor],
              finished: list[bool], device) -> Rollout:
     """Prompts and responses (one per sequence) side by side, right-padded."""
-    tokens = [torch.cat([torch.tensor(prompt, dtype=torch.int64), response.to(torch.int64)])
-              for prompt, response in zip(prompts, responses)]
-    written = [torch.ones(len(response), dtype=torch.bool) for response in responses]
-    mask_BT, logp_BT, entropy_BT = (
-        pad_sequence([torch.cat([torch.zeros(len(prompt), dtype=part.dtype), part])
-                      for prompt, part in zip(prompts, parts)], batch_first=True).to(device)
-        for parts in (written, logps, entropies))
+    prompt_len_B, length_B = (torch.tensor([len(part) for part in parts]) for parts in (prompts, responses))
+    end_B = prompt_len_B + length_B
+    at_T = torch.arange(int(end_B.max()))
+    prompt_BT = at_T < prompt_len_B[:, None]
+    mask_BT = (at_T < end_B[:, None]) & ~prompt_BT
+
+    def laid_out(parts: list[Tensor]) -> Tensor:
+        """One response after the other under the mask, 0 elsewhere."""
+        flat_N = torch.cat(parts)
+        return torch.zeros(mask_BT.shape, dtype=flat_N.dtype).masked_scatter(mask_BT, flat_N)
+    asked = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)
     return Rollout(
-        tokens_BT=pad_sequence(tokens, batch_first=True).to(device), mask_BT=mask_BT, logp_BT=logp_BT,
-        entropy_BT=entropy_BT, prompt_len_B=torch.tensor([len(prompt) for prompt in prompts], device=device),
-        finished_B=torch.tensor(finished, device=device))
+        tokens_BT=laid_out(responses).to(torch.int64).masked_scatter(prompt_BT, asked).to(device),
+        mask_BT=mask_BT.to(device), logp_BT=laid_out(logps).to(device), entropy_BT=laid_out(entropies).to(device),
+        prompt_len_B=prompt_len_B.to(device), finished_B=torch.tensor(finished, device=device))
 
 
 def head_product(head_VD: Tensor, rows: int):
@@ -268,26 +265,35 @@ class Slots:
         self.step(len(self.request))
 
     def retire(self):
-        """Yield (request, tokens, logps, entropies, finished) of every slot that stopped or is full, and free it."""
+        """Yield (request, tokens, logps, entropies, finished) of every slot that stopped or is full, and free them."""
         live = len(self.request)
         done, stopped, count = torch.stack([self.done_S[:live], self.stopped_S[:live], self.count_S[:live]]).tolist()
-        for slot in reversed(range(live)):      # from the end, so that the slot moved into a gap is already judged
-            if done[slot]:
-                yield (self.request[slot], *(buffer[slot, :count[slot]].clone().cpu() for buffer in
-                                             (self.token_ST, self.logp_ST, self.entropy_ST)), bool(stopped[slot]))
-                self.free(slot)
+        ended = [slot for slot in range(live) if done[slot]]
+        if not ended:
+            return
+        most = max(count[slot] for slot in ended)
+        written = [buffer_ST[ended, :most].cpu() for buffer_ST in (self.token_ST, self.logp_ST, self.entropy_ST)]
+        for row, slot in enumerate(ended):
+            yield self.request[slot], *(part[row, :count[slot]] for part in written), bool(stopped[slot])
+        self.free(ended)
 
-    def free(self, slot: int) -> None:
-        last = len(self.request) - 1
-        if slot != last:
-            self.cache.move(slot, last, self.length[last])
+    def free(self, ended: list[int]) -> None:
+        """The last live slots move into the places of those that ended, and the batch shrinks."""
+        live, order = len(self.request), list(range(len(self.request)))
+        for slot in reversed(ended):        # from the end, so that what moves into a gap is alive
+            order[slot] = order[-1]
+            order.pop()
+        moved = [(slot, source) for slot, source in enumerate(order) if slot != source]
+        for slot, source in moved:
+            self.cache.move(slot, source, self.length[source])
+        if moved:
+            to, source = torch.tensor(moved, device=self.device).unbind(1)
             for state in (self.token_ST, self.logp_ST, self.entropy_ST, self.uniform_ST, self.last_S, self.count_S,
                           self.limit_S, self.stopped_S, self.done_S):
-                state[slot] = state[last]
-            self.request[slot], self.length[slot] = self.request[last], self.length[last]
-        self.cache.length_B[last], self.done_S[last] = 0, True      # a free row may decode along, over one key
-        self.request.pop()
-        self.length.pop()
+                state[to] = state[source]
+        self.request, self.length = [self.request[slot] for slot in order], [self.length[slot] for slot in order]
+        # a free row may decode along, over one key
+        self.cache.length_B[len(order):live], self.done_S[len(order):live] = 0, True
 
 
 def respond(model: Transformer, requests: list[Request], *, stop_ids: tuple[int, ...], temperature: float, seed: int,

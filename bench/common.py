@@ -1,6 +1,8 @@
-"""What the benchmarks share: random Qwen3 checkpoints, interleaved timing, peak memory."""
+"""What the benchmarks share: random Qwen3 checkpoints, interleaved timing, processes of their own, peak memory."""
+import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -85,6 +87,17 @@ def interleaved(variants: dict, rounds: int, device: torch.device) -> dict[str, 
             if number:
                 seconds[name].append(clock() - start)
     return seconds
+
+
+def in_own_process(label: str, *flags: str) -> dict | None:
+    """What this script, run again with these flags more, prints as its last line of JSON. None, and a printed
+    sentence, where it fails."""
+    run = subprocess.run([sys.executable, *sys.argv, *flags], capture_output=True, text=True)
+    if run.returncode:
+        reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "killed"
+        print(f"{label:>13}: failed ({reason})")
+        return None
+    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 def wait(device: torch.device) -> None:

@@ -17,13 +17,12 @@ Ends with one JSON line: ratios are the variant over this project.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import peak_memory, qwen3, ragged_lengths, random_checkpoint, reset_peak, wait  # isort: skip
+from common import (in_own_process, peak_memory, qwen3, ragged_lengths, random_checkpoint,  # isort: skip
+                    reset_peak, wait)
 
 import numpy as np
 import torch
@@ -112,14 +111,13 @@ def word_tokenizer(vocab: int):
 
 
 def trl(args, folder: Path) -> dict:
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl_trainers import build
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name, dtype=kind).to(device)
                         for name, kind in (("student", torch.float32), ("teacher", dtype)))
     settings = dict(output_dir=str(folder / "out"), per_device_train_batch_size=args.batch, max_steps=args.steps + 1,
-                    learning_rate=1e-5, bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu", temperature=1.0,
-                    beta=1.0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                    learning_rate=1e-5, bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu",
                     gradient_checkpointing=args.variant == "gkd_shipped")
     tokenizer, prompts, lengths = word_tokenizer(args.vocab), prompts_of(args), lengths_of(args)
     most, timer, write = max(map(max, lengths)), Timer(device), student.generate
@@ -147,25 +145,8 @@ def trl(args, folder: Path) -> dict:
         def on_step_end(self, *_, **__):
             timer.stop()
 
-    if args.variant == "distillation":
-        from trl import DistillationConfig, DistillationTrainer
-        texts = [" ".join(f"w{i}" for i in prompt) for prompt in prompts]
-        trainer = DistillationTrainer(
-            model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()],
-            args=DistillationConfig(**settings, max_completion_length=most),
-            train_dataset=Dataset.from_dict({"prompt": texts}))
-    else:
-        from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-        def collate(rows):
-            ids = torch.tensor([row["ids"] for row in rows])
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "prompts": ids,
-                    "prompt_attention_mask": torch.ones_like(ids)}
-        trainer = GKDTrainer(
-            model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[Watch()],
-            data_collator=collate, args=GKDConfig(**settings, lmbda=1.0, max_new_tokens=most),
-            train_dataset=Dataset.from_dict({"ids": prompts}))
-    trainer.train()
+    texts = [" ".join(f"w{i}" for i in prompt) for prompt in prompts]
+    build(args.variant, student, teacher, tokenizer, texts, most, settings, callbacks=[Watch()]).train()
     return timer.result()
 
 
@@ -194,13 +175,10 @@ def main() -> None:
         random_checkpoint(folder / "student", qwen3(args.vocab))
         random_checkpoint(folder / "teacher", qwen3(args.vocab, 512, layers=8, head_dim=64), seed=1)
         for variant in args.variants:
-            run = subprocess.run([sys.executable, *sys.argv, "--variant", variant, "--folder", scratch],
-                                 capture_output=True, text=True)
-            if run.returncode:
-                reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "killed"
-                print(f"{variant:>13}: failed ({reason})")
+            found = in_own_process(variant, "--variant", variant, "--folder", scratch)
+            if found is None:
                 continue
-            results[variant] = found = json.loads(run.stdout.strip().splitlines()[-1])
+            results[variant] = found
             print(f"{variant:>13}: {found['seconds']:7.2f} s a step (the first {found['first']:.2f}), "
                   f"peak {found['peak'] / 2**30:5.2f} GiB above the weights  "
                   + ", ".join(f"{name} {taken}" for name, taken in found["phases"].items()), flush=True)

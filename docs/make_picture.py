@@ -43,15 +43,25 @@ def curve(pairs, colour: str) -> str:
             f'stroke-linejoin="round"/>')
 
 
-def steps_axis(left: float, right: float, steps: int) -> list[str]:
-    """The frame of a panel, and up to seven round numbers below it."""
-    unit = 10 ** math.floor(math.log10(max(steps, 1)))
-    unit = next(size for size in (unit / 5, unit / 2, unit, 2 * unit) if steps / size <= 7)
+def axis(left: float, right: float, most: float, label: str = "step") -> list[str]:
+    """The frame of a panel, and up to seven round numbers from 0 to `most` below it."""
+    unit = 10 ** math.floor(math.log10(max(most, 1)))
+    unit = next(size for size in (unit / 5, unit / 2, unit, 2 * unit) if most / size <= 7)
     unit = max(1, round(unit))
     drawn = [f'<rect x="{left}" y="{TOP}" width="{right - left}" height="{BOTTOM - TOP}" fill="none" '
-             f'stroke="{GREY}" stroke-opacity="0.5"/>', text((left + right) / 2, BOTTOM + 36, "step")]
-    return drawn + [text(left + (right - left) * step / steps, BOTTOM + 17, str(step))
-                    for step in range(0, steps + 1, unit)]
+             f'stroke="{GREY}" stroke-opacity="0.5"/>', text((left + right) / 2, BOTTOM + 36, label)]
+    return drawn + [text(left + (right - left) * number / most, BOTTOM + 17, str(number))
+                    for number in range(0, int(most) + 1, unit)]
+
+
+def shares(left: float, right: float) -> list[str]:
+    """The upright axis of a panel of shares, 0 to 100 %."""
+    drawn = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = scale([share], 0, 1)[0]
+        drawn += [text(left - 8, y + 4, f"{share:.0%}", "end"),
+                  line(left, y, right, y, f'stroke="{GREY}" stroke-opacity="0.2"')]
+    return drawn
 
 
 def scale(values, low: float, high: float) -> list[float]:
@@ -64,11 +74,8 @@ def accuracy(found: list[dict], key: str, steps: int) -> list[str]:
     at = [left + (right - left) * record["step"] / steps for record in found]
     mean = scale([record["eval"][key] for record in found], 0, 1)
     low, high = (scale([record["eval"][f"{key}_ci"][side] for record in found], 0, 1) for side in (0, 1))
-    drawn = steps_axis(left, right, steps) + [text((left + right) / 2, TOP - 14, f"held-out accuracy ({key})", size=13)]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = scale([share], 0, 1)[0]
-        drawn += [text(left - 8, y + 4, f"{share:.0%}", "end"),
-                  line(left, y, right, y, f'stroke="{GREY}" stroke-opacity="0.2"')]
+    drawn = axis(left, right, steps) + [text((left + right) / 2, TOP - 14, f"held-out accuracy ({key})", size=13)]
+    drawn += shares(left, right)
     band = points([*zip(at, high), *reversed(list(zip(at, low)))])
     drawn += [f'<polygon points="{band}" fill="{BLUE}" fill-opacity="0.15"/>', curve(zip(at, mean), BLUE)]
     drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{BLUE}"/>' for x, y in zip(at, mean)]
@@ -86,7 +93,7 @@ def divergence(found: list[dict], steps: int) -> list[str]:
     low = math.floor(math.log10(min(v for _, v in value)))
     high = math.ceil(math.log10(max(v for _, v in value)))
     high += high == low
-    drawn = steps_axis(left, right, steps)
+    drawn = axis(left, right, steps)
     drawn.append(text((left + right) / 2, TOP - 14, "KL(student || teacher), nats per token", size=13))
     for power in range(low, high + 1):
         y = scale([power], low, high)[0]
@@ -104,7 +111,10 @@ def picture(found: list[dict]) -> str:
     if key is None or not stepped:
         raise ValueError("no run with graded evaluations and a teacher")
     steps = max(record["step"] for record in tested + stepped)
-    body = accuracy(tested, key, steps) + divergence(stepped, steps)
+    return drawing(accuracy(tested, key, steps) + divergence(stepped, steps))
+
+
+def drawing(body: list[str]) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
             f'font-family="Helvetica, Arial, sans-serif">\n<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>\n'
             + "\n".join(body) + "\n</svg>\n")

@@ -6,6 +6,7 @@ use, so warm_up uses everything once before the first step.
 import functools
 import time
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def attach(run) -> None:
 
 def compile_model(model: Transformer) -> None:
     """All layers and all sequence lengths share one compilation, at the first pass. Prefill is never compiled."""
-    layers, plain = [compiled_layer(layer) for layer in model.model.layers], model.forward
+    layers, plain = [compiled_layer(layer) for layer in model.model.layers], MethodType(Transformer.forward, model)
     decode = torch.compile(plain, dynamic=True)
 
     def forward(tokens_BT: Tensor, keys=CAUSAL) -> Tensor:

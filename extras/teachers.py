@@ -21,6 +21,7 @@ from extras.given import random_of, solutions
 from extras.lora import lora_off
 from extras.one_stop import OneStopPart, stops_of_all, with_one_stop
 from model import Transformer
+from rollout import Rollout, assemble
 from support.errors import UserError
 from support.flags import opt, recipe
 from support.problems import Problem
@@ -134,6 +135,14 @@ def same_stops(student: Tokenizer, teachers: list[Tokenizer], bridges: list, tra
               f"(--stop_ids chooses others)")
         student.stop_ids = ids
     return ids
+
+
+def with_prompts(rollout: Rollout, prompts: list[list[int]]) -> Rollout:
+    """The same responses after other prompts, one per sequence: what a teacher with another context reads. Rows keep
+    their number and order."""
+    mask_BT, parts = rollout.mask_BT.cpu(), (rollout.tokens_BT.cpu(), rollout.logp_BT.cpu(), rollout.entropy_BT.cpu())
+    responses, logps, entropies = ([row[mask] for row, mask in zip(part, mask_BT)] for part in parts)
+    return assemble(prompts, responses, logps, entropies, rollout.finished_B.tolist(), rollout.tokens_BT.device)
 
 
 def privileged_prompt(prompt: str | list[dict], solution: str, template: str) -> str | list[dict]:
@@ -280,7 +289,7 @@ class Panel:
         kind, cfg, device = self.kind, self.kind.cfg, self.student.device
         seen = batch
         if not kind.reads_as_student:
-            seen = replace(batch, rollout=batch.rollout.with_prompts(self.prompts(batch)))
+            seen = replace(batch, rollout=with_prompts(batch.rollout, self.prompts(batch)))
         teacher_B = torch.tensor([kind.which(problem) for problem in batch.problems], device=device)
         self.crossing = Crossing.of(self, batch) if any(kind.bridges) else None
         is_student = kind.models[0] is self.student

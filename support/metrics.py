@@ -77,10 +77,7 @@ def summarise(per_row: dict[str, Tensor], position_N: Tensor, length_N: Tensor) 
     """Mean of every quantity over all rows, and over each quarter of the responses: name/q1 ... name/q4,
     where a token belongs to the quarter of its own response in which it stands."""
     quarter_N = (4 * position_N // length_N).clamp(max=3)
-    out = {}
-    for name, value_N in per_row.items():
-        value_N = value_N.double()
-        out[name] = value_N.nanmean().item()
-        for quarter in range(4):
-            out[f"{name}/q{quarter + 1}"] = value_N[quarter_N == quarter].nanmean().item()
-    return out
+    value_MN = torch.stack([value_N.double() for value_N in per_row.values()])      # M quantities
+    parts = {"": value_MN} | {f"/q{quarter + 1}": value_MN[:, quarter_N == quarter] for quarter in range(4)}
+    means = {ending: part_Mn.nanmean(1).tolist() for ending, part_Mn in parts.items()}
+    return {name + ending: means[ending][m] for m, name in enumerate(per_row) for ending in parts}

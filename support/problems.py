@@ -147,6 +147,25 @@ FORMATS: list[tuple[Callable[[dict], bool], Callable[[dict], Taken]]] = [      #
 ]
 
 
+def checked_prompts(problems: list[Problem], tokenizer, max_new_tokens: int, context: int,
+                    graded: bool) -> list[list[int]]:
+    """The ids of each prompt. UserError names the problem that cannot be asked, or not be graded."""
+    if not problems:
+        raise UserError("there are no problems to evaluate on")
+    prompts = []
+    for problem in problems:        # one by one: a template may make each prompt large, and the first says so
+        ids = tokenizer.prompt_ids(problem.prompt)
+        if not ids:
+            raise UserError(f"the prompt on {problem.place} has no tokens, and a model needs one (the bos token, say)")
+        if len(ids) + max_new_tokens > context:
+            raise UserError(f"the prompt on {problem.place} has {len(ids)} tokens; with max_new_tokens "
+                            f"{max_new_tokens} it does not fit the model's context of {context}")
+        if graded and problem.answer is None:
+            raise UserError(f"the problem on {problem.place} has no answer to grade against")
+        prompts.append(ids)
+    return prompts
+
+
 def as_problem(record: object, place: str) -> Problem:
     if not isinstance(record, dict):
         raise UserError(f"expected a JSON object, found a {type(record).__name__}")

@@ -3,6 +3,7 @@
 Each takes the place of one named function of the core, wherever it can run:
 
     cpu.py      the head packed for a few rows; grouped bfloat16 attention of a decode step
+    packed.py   a decode step of a small float32 model on a CPU, in fewer calls
     flash.py    attention of packed micro-batches and of a KV cache, on a GPU in half precision
     graphs.py   decode steps recorded as CUDA graphs
     merged.py   fewer and larger products in the layers of a model that is not trained, on a GPU
@@ -15,7 +16,7 @@ The plain function is the specification: tests/extras/ hold each way to it.
 """
 from dataclasses import dataclass
 
-from extras.fast import borrowed, cpu, flash, graphs, merged, ways
+from extras.fast import borrowed, cpu, flash, graphs, merged, packed, ways
 from extras.fast.proof import prove
 from support import memory
 from support.flags import opt
@@ -34,6 +35,7 @@ def on_model(model) -> None:
     cpu.on_model(model)
     flash.on_model(model)
     graphs.on_model(model)
+    packed.on_model(model)
 
 
 def of_a_run(student, actor, models, compiles: bool) -> None:

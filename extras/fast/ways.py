@@ -15,6 +15,7 @@ from support.errors import UserError, one_line
 
 WAYS = {        # every way there is, and what it takes the place of; later ones build on earlier ones
     "packed_head": "rollout.head_product, on a CPU",
+    "packed_step": "model.Transformer.forward of a decode step, of a small float32 model on a CPU",
     "grouped_attention": "model.masked_attention, in bfloat16 on a CPU",
     "merged_layers": "model.Layer.forward, on a GPU",
     "borrowed_copy": "model.Linear.forward of a student that trains in float32 and multiplies in less",
@@ -27,7 +28,7 @@ WAYS = {        # every way there is, and what it takes the place of; later ones
     "compiled_loss": "losses.few_rows, with --compile",
 }
 SAMPLING = {    # those that a pass over whole sequences does not meet
-    "packed_head", "grouped_attention", "flash_cache", "graphs", "compiled_decode", "turned_products"}
+    "packed_head", "packed_step", "grouped_attention", "flash_cache", "graphs", "compiled_decode", "turned_products"}
 placed: set[str] = set()        # those that this run put in their place
 aside: set[str] = set()         # those that stand aside: their callers get the plain function
 

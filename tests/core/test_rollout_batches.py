@@ -4,6 +4,7 @@ import pytest
 import torch
 from rollout_cases import ragged, same, small, texts, write
 
+from extras.teachers import with_prompts
 from rollout import assemble
 from support.responses import from_responses
 
@@ -46,7 +47,7 @@ def test_written_and_given_rollouts_agree():
 def test_other_prompts_leave_the_rows_as_they_are():
     """fails if: with_prompts() keeps the old prompt lengths, or takes whole rows without the mask."""
     rollout = write(small())
-    other = rollout.with_prompts([[9] * (1 + b % 4) for b in range(len(rollout.tokens_BT))])
+    other = with_prompts(rollout, [[9] * (1 + b % 4) for b in range(len(rollout.tokens_BT))])
     for field in ("tokens_BT", "logp_BT", "entropy_BT"):
         assert torch.equal(other.rows(getattr(other, field)), rollout.rows(getattr(rollout, field))), field
     assert other.prompt_len_B.tolist() == [1 + b % 4 for b in range(21)] and texts(other) == texts(rollout)

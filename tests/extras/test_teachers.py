@@ -14,7 +14,7 @@ from helpers import adamw, close, look, one_step, predictions, ready, sampled, t
 import eval as eval_file
 import losses
 import train
-from extras.teachers import privileged_prompt
+from extras.teachers import privileged_prompt, with_prompts
 from losses import Rows
 from support.responses import from_responses
 from support.metrics import diagnostics, observe
@@ -150,7 +150,7 @@ def test_with_prompts_changes_prompts_only():
     texts = [rng.integers(0, VOCAB, rng.integers(1, 8)).tolist() for _ in range(15)]
     old = from_responses(texts[:5], texts[5:10], [True, False] * 2 + [True], "cpu")
     old.logp_BT[old.mask_BT], old.entropy_BT[old.mask_BT] = torch.rand(2, int(old.mask_BT.sum()))
-    before, new = old.tokens_BT.clone(), old.with_prompts(texts[10:])
+    before, new = old.tokens_BT.clone(), with_prompts(old, texts[10:])
     assert [new.response(b) for b in range(5)] == texts[5:10]
     assert [new.tokens_BT[b, :n].tolist() for b, n in enumerate(new.prompt_len_B.tolist())] == texts[10:]
     for name in ("tokens_BT", "logp_BT", "entropy_BT"):

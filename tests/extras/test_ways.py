@@ -8,7 +8,7 @@ import torch
 import rollout as rollout_file
 import train
 from extras import fast
-from extras.fast import cpu, flash, graphs, merged, proof, ways
+from extras.fast import cpu, flash, graphs, merged, packed, proof, ways
 from model import KVCache
 from model_cases import CASES
 from model_cases import small as of_family
@@ -110,6 +110,16 @@ def test_a_broken_way_ends_with_the_plain_digits(name, fault, plainly, run, monk
     assert found == wanted
     said = sentence(out, name)
     assert ("RuntimeError: no kernel image is available for this device" in said) == (fault is raises)
+
+
+@pytest.mark.parametrize("fault", [raises, not_a_number, off_by_a_hundredth])
+def test_a_broken_packed_step_ends_with_the_plain_digits(fault, run, monkeypatch):
+    """On a CPU without the ways of a GPU. fails if: a small model's decode step is not proved"""
+    wanted, _ = run("plain", plain="packed_step")
+    monkeypatch.setattr(packed, "decode_layer", fault(packed.decode_layer))
+    found, out = run("broken")
+    assert found == wanted
+    sentence(out, "packed_step")
 
 
 def test_a_kernel_that_is_right_only_for_equal_lengths_is_found(plainly, run, monkeypatch):

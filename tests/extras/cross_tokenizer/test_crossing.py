@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from extras.teachers import with_prompts
 from crossing_reference import cross_rows, exact, forward, joined, naive
 from helpers import sampled
 
@@ -64,7 +65,7 @@ def crossed(w, order=None, mode="chunk", divergence="reverse_kl", max_tokens=163
     cfg = SimpleNamespace(**asdict(Flags(chunk_credit=mode, **flags)), divergence=divergence, temperature=temperature,
                           micro_batch_tokens=max_tokens, chunk_rows=chunk_rows)
     crossing = Crossing([Bridge(w.mine, w.theirs)], rollout, cfg, stop_N)
-    return crossing.read(0, w.teacher, rollout.every_B, rollout.with_prompts([w.seen[b] for b in order])), rollout
+    return crossing.read(0, w.teacher, rollout.every_B, with_prompts(rollout, [w.seen[b] for b in order])), rollout
 
 
 def expected(w, order=None, mode="chunk", temperature=1.0):
