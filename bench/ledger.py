@@ -41,7 +41,7 @@ aten, GPU, CPU = torch.ops.aten, torch.device("cuda", 0), torch.device("cpu")
 
 # Operators that do not read their first argument whole, by the part that they take, put or replace
 TAKES = {"embedding", "index", "index_select", "gather", "searchsorted"}
-PUTS = {"index_put", "scatter"}
+PUTS = {"index_put", "index_copy", "scatter"}
 REPLACES = {"copy", "fill", "zero"}
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "resolve_conj"}
 SURE = {"arange", "zeros", "ones", "full"}      # factories whose integers are known
@@ -170,8 +170,9 @@ class Ledger(TorchDispatchMode):
             return out
         if made and not mutable and {storage(x) for x in made} <= {storage(x) for x in given}:
             return out      # a view
-        if func.overloadpacket in flop_registry and not counted:
-            counted = {"flops": flop_registry[func.overloadpacket](*args, **kwargs, out_val=out), "kind": "product"}
+        formula = flop_registry.get(getattr(aten, name, None))      # of the operator that also has an in-place form
+        if formula and not counted:
+            counted = {"flops": formula(*args, **kwargs, out_val=out), "kind": "product"}
         if name.startswith("_foreach") or name == "_fused_adamw":
             counted["launches"] = math.ceil(sum(x.numel() for x in args[0]) / (LIST_BLOCK * LIST_BLOCKS))
         if name == "_fused_adamw":      # reads weights, gradients and two moments; writes all but the gradients
@@ -205,9 +206,12 @@ class Ledger(TorchDispatchMode):
         return answer if answer is not None else 1.0 if args[0].is_floating_point() else True
 
     def answer(self, x: Tensor):
-        """What the host gets when it asks for the numbers of a tensor."""
+        """What the host gets when it asks for the numbers of a tensor; zeros for real numbers, which nobody knows."""
         if x.device == GPU:
             self.note("copy to the host", size(x))
+        if x.is_floating_point():
+            with _disable_current_modes():
+                return torch.zeros(x.shape).tolist()
         return numbers(x)
 
     def on_nonzero(self, func, args, kwargs):
@@ -329,19 +333,21 @@ def plain_model(raw: dict, dtype: torch.dtype, compute_dtype: torch.dtype, train
 
 @contextlib.contextmanager
 def paper_gpu():
-    """The Ledger of a GPU that is not there. Flash attention is taken for available."""
-    replaced = [(flash_file, "flash_ready"), (rollout.Slots, "decode"), (rollout, "head_product"),
+    """The Ledger of a GPU that is not there. Flash attention is taken for available: the operator that the public
+    function calls, whose kernels are known."""
+    replaced = [(flash_file, "flash_ready"), (flash_file, "available"), (rollout.Slots, "decode"), (rollout, "head_product"),
                 (losses, "gradient_in_place"), (losses, "chunked_backward"),
                 (_foreach_utils, "_get_foreach_kernels_supported_devices"),
                 (_foreach_utils, "_foreach_supported_types"), (F, "rms_norm"), (F, "scaled_dot_product_attention")]
     plain = [(place, name, getattr(place, name)) for place, name in replaced]
     flash_file.flash_ready = lambda device, dtype, head_dim: dtype == torch.bfloat16
+    flash_file.available = lambda path: path == flash_file.KERNELS[1]
     _foreach_utils._get_foreach_kernels_supported_devices = lambda: ["cuda", "meta"]
     _foreach_utils._foreach_supported_types = [Tensor, nn.Parameter, FakeTensor]
     ledger = Ledger()
     losses.gradient_in_place = ledger.alike(losses.gradient_in_place)       # all but the last chunk of a micro-batch
     losses.chunked_backward = ledger.alike(losses.chunked_backward)         # and micro-batch of a step
-    F.rms_norm = lambda x, shape, weight, eps: FusedNorm.apply(x, weight, ledger)
+    F.rms_norm = lambda x, shape, weight, eps: FusedNorm.apply(x, x.new_empty(0) if weight is None else weight, ledger)
     F.scaled_dot_product_attention = fused_attention
     FakeTensor.tolist = lambda x: ledger.answer(x)
     try:

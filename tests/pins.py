@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import rollout  # noqa: E402
 import train  # noqa: E402
-from extras import fast  # noqa: E402
+from extras import fast, teachers  # noqa: E402
 from support import responses as given  # noqa: E402
 
 FILE = ROOT / "tests/data/pins.json"
@@ -44,12 +44,13 @@ def run_case(flags: str, runs: str) -> dict:
     def noting(prompts, responses, *rest):
         found.update(repr([[int(i) for i in response] for response in responses]).encode())
         return assemble(prompts, responses, *rest)
-    rollout.assemble = given.assemble = noting     # given responses hold the function by a name of their own
+    # given responses and other prompts hold the function by names of their own
+    rollout.assemble = given.assemble = teachers.assemble = noting
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
             status = train.main([*SETTINGS.split(), *flags.split(), "--runs", runs, "--name", "pin", "--fresh"])
     finally:
-        rollout.assemble = given.assemble = assemble
+        rollout.assemble = given.assemble = teachers.assemble = assemble
     assert status == 0, out.getvalue()
     records = map(json.loads, (Path(runs) / "pin/metrics.jsonl").read_text().splitlines())
     return {"ids": found.hexdigest()[:16],
