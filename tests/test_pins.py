@@ -9,12 +9,14 @@ PINNED = json.loads(pins.FILE.read_text())
 
 @pytest.mark.parametrize("name", PINNED)
 def test_three_steps_are_those_that_were_pinned(name, tmp_path):
-    """To five digits, since processors add in their own order; bit for bit: python tests/pins.py --exact.
+    """To three digits, in bfloat16 to two, since processors add and round in their own order; bit for bit:
+    python tests/pins.py --exact.
     fails if: a number, a length or one sampled token changes"""
     found, wanted = pins.run_case(pins.CASES[name], str(tmp_path)), PINNED[name]
     assert found["ids"] == wanted["ids"]
+    rel = 2e-2 if name == "bfloat16" else 1e-3
     for mine, theirs in zip(found["steps"], wanted["steps"], strict=True):
-        assert mine == {key: value if value is None else pytest.approx(value, rel=1e-3, abs=1e-4)
+        assert mine == {key: value if value is None else pytest.approx(value, rel=rel, abs=1e-4)
                         for key, value in theirs.items()}
 
 
