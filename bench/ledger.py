@@ -335,8 +335,8 @@ def plain_model(raw: dict, dtype: torch.dtype, compute_dtype: torch.dtype, train
 def paper_gpu():
     """The Ledger of a GPU that is not there. Flash attention is taken for available: the operator that the public
     function calls, whose kernels are known."""
-    replaced = [(flash_file, "flash_ready"), (flash_file, "available"), (rollout.Slots, "decode"), (rollout, "head_product"),
-                (losses, "gradient_in_place"), (losses, "chunked_backward"),
+    replaced = [(flash_file, "flash_ready"), (flash_file, "available"), (rollout.Slots, "decode"),
+                (rollout, "head_product"), (losses, "gradient_in_place"), (losses, "chunked_backward"),
                 (_foreach_utils, "_get_foreach_kernels_supported_devices"),
                 (_foreach_utils, "_foreach_supported_types"), (F, "rms_norm"), (F, "scaled_dot_product_attention")]
     plain = [(place, name, getattr(place, name)) for place, name in replaced]
@@ -347,7 +347,8 @@ def paper_gpu():
     ledger = Ledger()
     losses.gradient_in_place = ledger.alike(losses.gradient_in_place)       # all but the last chunk of a micro-batch
     losses.chunked_backward = ledger.alike(losses.chunked_backward)         # and micro-batch of a step
-    F.rms_norm = lambda x, shape, weight, eps: FusedNorm.apply(x, x.new_empty(0) if weight is None else weight, ledger)
+    F.rms_norm = lambda x, shape, weight, eps: FusedNorm.apply(
+        x, x.new_empty(0) if weight is None else weight, ledger)
     F.scaled_dot_product_attention = fused_attention
     FakeTensor.tolist = lambda x: ledger.answer(x)
     try:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model as model_file
+from extras.fast.merged import norms_of_heads, one_below_the_other
 from extras.fast.ways import put, way
 from model import CAUSAL, MLP, Attention, Causal, KVCache, Layer, Linear, RMSNorm, Transformer
 
@@ -63,17 +64,9 @@ def packed_cache(model: Transformer, slots: int, capacity: int) -> PackedCache:
 
 
 def packed(layer: Layer) -> PackedLayer:
-    heads, mlp, norm_nH = layer.self_attn, layer.mlp, None
-    if hasattr(heads, "q_norm"):
-        norm_nH = torch.cat([norm.weight.expand(len(projection.weight) // heads.head_dim, -1) for projection, norm in
-                             ((heads.q_proj, heads.q_norm), (heads.k_proj, heads.k_norm))])
-    return PackedLayer(layer, joined(heads.q_proj, heads.k_proj, heads.v_proj), norm_nH,
-                       joined(mlp.gate_proj, mlp.up_proj))
-
-
-def joined(*linears: Linear) -> tuple[Tensor, Tensor | None]:
-    biases = [linear.bias for linear in linears]
-    return torch.cat([linear.weight for linear in linears]), None if None in biases else torch.cat(biases)
+    heads, mlp = layer.self_attn, layer.mlp
+    return PackedLayer(layer, one_below_the_other(heads.q_proj, heads.k_proj, heads.v_proj), norms_of_heads(heads),
+                       one_below_the_other(mlp.gate_proj, mlp.up_proj))
 
 
 def forward(model: Transformer, tokens_BT: Tensor, keys: Causal = CAUSAL) -> Tensor:

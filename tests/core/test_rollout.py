@@ -254,7 +254,8 @@ def test_the_cache_is_given_back_with_the_last_token(put, gpu_paths):
 
 
 def test_a_gpu_samples_the_rows_of_a_step_at_once():
-    """256 sequences over 151,936 words. fails if: a GPU goes over the rows in a loop, a few kernels for each few rows"""
+    """256 sequences over 151,936 words.
+    fails if: a GPU goes over the rows in a loop, a few kernels for each few rows"""
     assert rollout_file.SAMPLE_ENTRIES[False] >= 256 * 151_936
 
 

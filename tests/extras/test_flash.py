@@ -45,7 +45,8 @@ def test_flash_attention_gets_what_makes_it_the_same(flash):
 
 @pytest.mark.parametrize("kernel", flash_file.KERNELS)
 def test_flash_operator_accepts_what_it_is_given(kernel, monkeypatch):
-    """Of the public function (torch 2.13) and the operator beneath it. On the meta device torch checks the operator's arguments without a GPU; nothing may ask for a value.
+    """Of the public function (torch 2.13) and the operator beneath it. On the meta device torch checks the operator's
+    arguments without a GPU; nothing may ask for a value.
     fails if: an argument is unknown to the installed torch, a length goes to the host, or no gradient comes back."""
     monkeypatch.setattr(flash_file, "flash_ready", lambda device, dtype, head_dim: dtype == torch.bfloat16)
     if not available(kernel):

@@ -1,5 +1,5 @@
-"""extras/fast/packed.py: a decode step in fewer calls writes and notes what the plain one does, to the last bit where the
-products are as wide as a processor's vectors."""
+"""extras/fast/packed.py: a decode step in fewer calls writes and notes what the plain one does, to the last bit where
+the products are as wide as a processor's vectors."""
 import pytest
 import torch
 from model_cases import CASES, small
