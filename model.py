@@ -98,17 +98,12 @@ class KVCache(Causal):
         return masked_attention(q_BTQH, keys[:B, :, :S], values[:B, :, :S], mask_B1TS)
 
     def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor) -> None:
-        """Slots `to` become copies of `source`'s slots `rows` (int64): one prefilled prompt serves all its samples."""
+        """Slots `to` become copies of `source`'s slots `rows` (int64), before `longest`: one prefilled prompt serves all
+        its samples, and a slot moves when `source` is this cache."""
         n = source.longest
         for mine, theirs in zip(self.keys + self.values, source.keys + source.values):
             mine[to, :, :n] = theirs[rows, :, :n]
         self.length_B[to] = source.length_B[rows]
-
-    def move(self, to: int, last: int, length: int) -> None:
-        """Slot `to` becomes a copy of slot `last`, `length` tokens long."""
-        for cached in self.keys + self.values:
-            cached[to, :, :length] = cached[last, :, :length]
-        self.length_B[to] = self.length_B[last]
 
 
 def masked_attention(q_BTQH: Tensor, k_BRSH: Tensor, v_BRSH: Tensor, mask_B1TS: Tensor) -> Tensor:

@@ -49,9 +49,9 @@ class Rollout:
     def __post_init__(self):
         place_BT = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device) - self.prompt_len_B[:, None]
         every_B = torch.arange(len(self.tokens_BT), device=self.tokens_BT.device)
-        sequence_N = every_B[:, None].expand_as(self.tokens_BT)[self.mask_BT]
+        sequence_N = self.rows(every_B[:, None].expand_as(self.tokens_BT))
         for name, value in (("length_B", self.mask_BT.sum(1)), ("every_B", every_B), ("sequence_N", sequence_N),
-                            ("position_N", place_BT[self.mask_BT])):
+                            ("position_N", self.rows(place_BT))):
             object.__setattr__(self, name, value)
 
     def response(self, b: int) -> list[int]:
@@ -284,10 +284,10 @@ class Slots:
             order[slot] = order[-1]
             order.pop()
         moved = [(slot, source) for slot, source in enumerate(order) if slot != source]
-        for slot, source in moved:
-            self.cache.move(slot, source, self.length[source])
         if moved:
             to, source = torch.tensor(moved, device=self.device).unbind(1)
+            self.cache.longest = max(self.length)
+            self.cache.copy_rows(to, self.cache, source)
             for state in (self.token_ST, self.logp_ST, self.entropy_ST, self.uniform_ST, self.last_S, self.count_S,
                           self.limit_S, self.stopped_S, self.done_S):
                 state[to] = state[source]
