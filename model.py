@@ -158,7 +158,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(c.hidden_size, kv_width, c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, kv_width, c.qkv_bias)
         self.o_proj = Linear(q_width, c.hidden_size, c.o_bias)
-        if c.model_type == "qwen3":
+        if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) for _ in "qk")
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], keys: Causal, seen: Tensor | None) -> Tensor:
@@ -192,16 +192,13 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-LAYERS = {"llama": Layer, "mistral": Layer, "qwen2": Layer, "qwen3": Layer}     # model_type of config.json -> its layer
-
-
 class Body(nn.Module):
     """The part that checkpoints call `model.`"""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, layer_type: type):
         super().__init__()
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.hidden_size), freeze=False)
-        self.layers = nn.ModuleList(LAYERS[c.model_type](c, layer) for layer in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(layer_type(c, layer) for layer in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -210,6 +207,7 @@ class Transformer(Saves, nn.Module):
 
     compute_dtype is the dtype of every product, whatever dtype the parameters are stored in.
     """
+    layer_type = Layer          # a family with other layers is a subclass
     cache_type = KVCache        # what the sampler decodes with
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
@@ -218,7 +216,7 @@ class Transformer(Saves, nn.Module):
         self.title = "the model"            # its part in the run, for messages: the student, the teacher
         self.disk_dtype = torch.float32     # what save() writes: the dtype the checkpoint came in
         self.vocab_size = config.vocab_size     # real tokens; rows of the head past them are padding
-        self.model = Body(config)
+        self.model = Body(config, self.layer_type)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.rope_frequencies = rope_frequencies(config)
@@ -277,7 +275,7 @@ class Transformer(Saves, nn.Module):
     def copy_as(self, dtype: torch.dtype) -> "Transformer":
         """A copy for reading only, stored and multiplied in `dtype`."""
         with torch.device("meta"):
-            copy = Transformer(self.config, dtype).to(dtype)
+            copy = type(self)(self.config, dtype).to(dtype)
         copy.to_empty(device=self.device).requires_grad_(False)
         copy.title, copy.vocab_size = self.title, self.vocab_size
         copy.refresh(self)
@@ -296,3 +294,7 @@ class Transformer(Saves, nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Checkpoint name -> tensor as stored, detached."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+
+# model_type of config.json -> its class
+MODELS = {"llama": Transformer, "mistral": Transformer, "qwen2": Transformer, "qwen3": Transformer}

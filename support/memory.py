@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from losses import rows_at_once
-from model import ModelConfig, Transformer
+from model import MODELS, ModelConfig
 
 # float32 tensors over the vocabulary that are alive at once while a few rows run their loss
 CHUNK_TENSORS = {"cross_entropy": 4, "skewed_forward_kl": 10, "uld": 11, "skewed_reverse_kl": 13, "jsd": 14, "gold": 14}
@@ -66,7 +66,7 @@ class Sized(NamedTuple):
 
 def sized(config: ModelConfig) -> Sized:
     with torch.device("meta"):
-        return Sized(config, sum(parameter.numel() for parameter in Transformer(config).parameters()))
+        return Sized(config, sum(parameter.numel() for parameter in MODELS[config.model_type](config).parameters()))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool
     projection its input; the turned q, k and v; attention's output twice, before and after its heads are put side by
     side; four tensors of the MLP."""
     q, kv = head_widths(c)
-    normed = 2 * c.hidden_size + (q + kv) * (c.model_type == "qwen3")
+    normed = 2 * c.hidden_size + (q + kv) * c.qk_norm
     norms = normed * (4 if rank else 8) + 2 * c.hidden_size * item
     per_layer = tokens * (norms + item * (3 * q + 2 * kv + 4 * c.intermediate_size + 7 * rank))
     # of the layer at work; an adapter has its own beside that of the weight

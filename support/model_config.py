@@ -4,12 +4,12 @@ config.json is a stranger's file, and its numbers decide how much is allocated a
 table is not read, only kept for saving.
 """
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from support.errors import UserError, shown
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]     # a list: a family of your own joins it, and model.LAYERS
 REQUIRED = object()
+FAMILIES: dict[str, "Family"] = {}      # model_type -> what is particular about its config.json; model.MODELS has the rest
 
 
 class Key(NamedTuple):
@@ -20,7 +20,7 @@ class Key(NamedTuple):
     highest: float = 0
     choices: tuple = ()
     null: bool = False              # null is allowed: not set, or switched off
-    families: tuple = FAMILIES      # elsewhere the key means nothing and the default holds, as in transformers
+    families: tuple = ()    # elsewhere the key means nothing and the default holds, as in transformers; () = all
 
     def allowed(self) -> str:
         """The values, in words."""
@@ -82,10 +82,11 @@ class Reader:
 
     def __init__(self, raw: dict, where: str, family: str = ""):
         self.raw, self.where, self.family = raw, where, family
+        self.table = TABLE | FAMILIES[family].keys if family else TABLE
 
     def __call__(self, key: str):
-        rule = TABLE[key]
-        if key not in self.raw or self.family and self.family not in rule.families:
+        rule = self.table[key]
+        if key not in self.raw or self.family and rule.families and self.family not in rule.families:
             if rule.default is REQUIRED:
                 raise UserError(f"{self.where}: {key} is missing; is this a complete checkpoint?")
             return rule.default
@@ -114,11 +115,14 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    qk_norm: bool                   # queries and keys are normed, each head by itself
     raw: dict = field(hash=False)
+    own: dict = field(default_factory=dict, hash=False)     # what only this family has
 
     @staticmethod
     def from_dict(raw: dict, where: str = "config.json") -> "ModelConfig":
         """Reads both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
+        raw = text_part(raw)
         family = Reader({"model_type": raw.get("model_type")}, where)("model_type")
         read = Reader(raw, where, family)
         read("hidden_act")
@@ -133,11 +137,21 @@ class ModelConfig:
         context = read("max_position_embeddings") or TABLE["max_position_embeddings"].default
         if family == "mistral" or read("use_sliding_window"):
             context = min(context, read("sliding_window") or context)
-        return ModelConfig(
+        fields = dict(
             model_type=family, **sizes, num_key_value_heads=kv_heads, head_dim=head_width(read),
-            rms_norm_eps=read("rms_norm_eps"), rope=rope_settings(read), context=context,
+            rms_norm_eps=read("rms_norm_eps"), rope=FAMILIES[family].rope(read), context=context,
             tie_word_embeddings=bool(read("tie_word_embeddings")), qkv_bias=bias or family == "qwen2", o_bias=bias,
-            mlp_bias=bool(read("mlp_bias")), raw=raw)
+            mlp_bias=bool(read("mlp_bias")), qk_norm=family == "qwen3", raw=raw)
+        return ModelConfig(**fields | FAMILIES[family].settings(read))
+
+
+def text_part(raw: dict) -> dict:
+    """The config of the decoder inside one that also describes a vision tower."""
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        return raw
+    shared = {key: raw[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in raw}
+    return {**shared, **text}
 
 
 def head_width(read: Reader) -> int:
@@ -175,3 +189,13 @@ def rope_settings(read: Reader) -> dict:
         raise UserError(f"{where}: low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor "
                         f"{rope['high_freq_factor']}")
     return rope
+
+
+class Family(NamedTuple):
+    """What is particular about the config.json of a model_type."""
+    keys: dict[str, Key] = {}       # that it has besides TABLE, or that it takes otherwise
+    settings: Callable[[Reader], dict] = lambda read: {}    # fields of ModelConfig that follow from them; `own` for others
+    rope: Callable[[Reader], dict] = rope_settings
+
+
+FAMILIES |= {"llama": Family(), "mistral": Family(), "qwen2": Family(), "qwen3": Family()}

@@ -26,13 +26,23 @@ class Saves:
                     parameter.normal_(0.0, small if "o_proj" in name or "down_proj" in name else 0.02, generator=rng)
         return self
 
+    def on_disk(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the files, under their names: all or parts (views) of these parameters. Here all."""
+        return weights
+
+    def from_disk(self, name: str) -> str | None:
+        """The name in on_disk() of a tensor of the files; None: it is not read. Old Llama files hold angles of rope,
+        which config.json tells."""
+        return None if name.endswith("rotary_emb.inv_freq") else name
+
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors in `dtype`, by default the dtype the checkpoint came in. The
         tokenizer's files are Tokenizer.save's business. Weights that are not finite as written (65,504 is the largest
         number of float16) are refused before anything is written."""
         dtype = dtype or self.disk_dtype
         folder = Path(folder)
-        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.weights().items()}
+        whole = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.weights().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.on_disk(whole).items()}
         for name, tensor in tensors.items():
             if not all_finite(tensor):
                 raise NotFinite(f"{self.title} holds NaN or infinity: tensor {name}, as {dtype} on disk; it is not "

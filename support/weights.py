@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import Transformer
+from model import MODELS, Transformer
 from support.errors import UserError, one_line, shown
-from support.extras import offers
+from support.extras import load_extras, offers
 from support.files import checkpoint_file, checkpoint_json
 from support.model_config import ModelConfig
 from support.saving import all_finite
@@ -50,6 +50,7 @@ def checkpoint_folder(name: str, weights: bool = True) -> Path:
 
 
 def load_config(folder: str | Path) -> ModelConfig:
+    load_extras()       # some of them bring families
     return ModelConfig.from_dict(checkpoint_json(folder, "config.json"), shown(Path(folder) / "config.json"))
 
 
@@ -62,24 +63,22 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, comput
     """
     config = load_config(folder)
     with torch.device("meta"):          # shapes without memory: config.json may ask for more than there is
-        model = Transformer(config, compute_dtype or dtype).to(dtype)
-    parameters = dict(model.named_parameters())
-    tensors_of, dtypes = match_files(Path(folder), {name: list(p.shape) for name, p in parameters.items()},
-                                     config.tie_word_embeddings)
+        model = MODELS[config.model_type](config, compute_dtype or dtype).to(dtype)
+    tensors_of, dtypes = match_files(Path(folder), model)
     try:
         model.to_empty(device=device)
     except RuntimeError as error:       # of which torch's OutOfMemoryError is one
-        size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         raise UserError(f"{shown(folder)}: there is no room for {size / 2**30:.1f} GiB of weights on {device} "
                         f"({shown(str(error).splitlines()[0])}); take a smaller model or a larger machine") from error
-    parameters, tied_copy = dict(model.named_parameters()), None
+    parameters, tied_copy = model.on_disk(model.weights()), None
     for file, names in tensors_of.items():
         with opened(file) as tensors:
-            for name in names:
+            for theirs, name in names.items():
                 if name == HEAD and config.tie_word_embeddings:
-                    tied_copy = tensors.get_tensor(name)
+                    tied_copy = tensors.get_tensor(theirs)
                 else:
-                    fill(parameters[name], tensors.get_tensor(name), name, file)
+                    fill(parameters[name], tensors.get_tensor(theirs), theirs, file)
     if tied_copy is not None and not torch.equal(tied_copy.to(dtype), model.head_weight().detach().cpu()):
         raise UserError(f"{shown(folder)}: {HEAD} differs from the embedding although config.json ties them")
     model.disk_dtype = dtypes.most_common(1)[0][0]
@@ -88,17 +87,24 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, comput
     return model.eval()
 
 
-def match_files(folder: Path, shapes: dict[str, list[int]], tied: bool) -> tuple[dict[Path, list[str]], Counter]:
+def match_files(folder: Path, model: Transformer) -> tuple[dict[Path, dict[str, str]], Counter]:
     """Compare the headers of the files with the shapes that config.json asks for. Returns which tensors each file
-    gives, and how many have each dtype. A tied model may bring a copy of its embedding as the head."""
-    shapes = shapes | ({HEAD: shapes[EMBEDDING]} if tied else {})
-    missing, tensors_of, dtypes = set(shapes), {}, Counter()
+    gives ({name in the file: name in model.on_disk()}), and how many have each dtype. A tied model may bring a copy of
+    its embedding as the head."""
+    shapes, tied = {name: list(p.shape) for name, p in model.on_disk(model.weights()).items()}, False
+    if model.config.tie_word_embeddings:
+        shapes[HEAD], tied = shapes[EMBEDDING], True
+    missing, tensors_of, dtypes, left_out = set(shapes), {}, Counter(), Counter()
     for file in weight_files(folder):
         with opened(file) as tensors:
-            tensors_of[file] = [name for name in tensors.keys()
-                                if not name.endswith("rotary_emb.inv_freq")]    # old Llama files; config.json tells it
-            for name in tensors_of[file]:
-                info, where = tensors.get_slice(name), f"{shown(file)}: tensor {shown(name, 120)}"
+            tensors_of[file] = {}
+            for theirs in tensors.keys():
+                if (name := model.from_disk(theirs)) is None:
+                    part = theirs.removeprefix("model.").split(".")[0]
+                    left_out[part] += not theirs.endswith("rotary_emb.inv_freq")
+                    continue
+                tensors_of[file][theirs] = name
+                info, where = tensors.get_slice(theirs), f"{shown(file)}: tensor {shown(theirs, 120)}"
                 if info.get_dtype() not in DISK_DTYPES:
                     raise UserError(f"{where} has dtype {info.get_dtype()}; supported are bf16, fp16 and fp32")
                 if name not in shapes:
@@ -113,6 +119,8 @@ def match_files(folder: Path, shapes: dict[str, list[int]], tied: bool) -> tuple
     if names := sorted(missing - ({HEAD} if tied else set())):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UserError(f"{shown(folder)}: tensor {names[0]}{more} is missing from the safetensors files")
+    if parts := [f"{count} tensors of {shown(part)}" for part, count in left_out.items() if count]:
+        print(f"model   {shown(folder)}: the text decoder alone is loaded; left out are {', '.join(parts)}")
     return tensors_of, dtypes
 
 
