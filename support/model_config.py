@@ -30,7 +30,7 @@ class Key(NamedTuple):
             low, high = (f"{n:,}" if type(n) is int else f"{n:g}" for n in (self.lowest, self.highest))
             words = f"{'whole numbers' if self.kind is int else 'numbers'} from {low} to {high}"
         else:
-            words = "true and false" if self.kind is bool else "an object"
+            words = {bool: "true and false", list: "a list"}.get(self.kind, "an object")
         return words + " and null" * self.null
 
     def takes(self, value) -> bool:
@@ -179,7 +179,7 @@ def rope_settings(read: Reader) -> dict:
     rope["rope_type"] = named[0] if named else "default"
     if "rope_theta" not in rope:
         rope["rope_theta"] = read("rope_theta")
-    inner = Reader(rope, where)
+    inner = Reader(rope, where, read.family)
     needs = ROPE_KEYS[inner("rope_type")]
     if missing := [key for key in needs if key not in rope]:
         raise UserError(f"{where}: rope type {rope['rope_type']!r} needs {', '.join(missing)}")
