@@ -22,7 +22,7 @@ pytest.register_assert_rewrite("loss_reference", "signal_lists", "crossing_refer
 import losses  # noqa: E402
 import model as model_file  # noqa: E402
 import rollout  # noqa: E402
-from model import Transformer  # noqa: E402
+from model import MODELS  # noqa: E402
 from model_cases import peer  # noqa: E402, F401 (a fixture)
 from support.extras import load_extras  # noqa: E402
 from support.model_config import ModelConfig  # noqa: E402
@@ -42,7 +42,7 @@ TINY = dict(problems=2, samples=2, max_new_tokens=6, steps=2, eval_k=1, eval_lim
 
 def write_checkpoint(folder, seed, **config):
     raw = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, **config)
-    model, rng = Transformer(ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
+    model, rng = MODELS[raw["model_type"]](ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.25, generator=rng)
