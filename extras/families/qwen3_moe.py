@@ -47,11 +47,14 @@ class Router(nn.Module):
         super().__init__()
         self.weight, self.own = nn.Parameter(torch.empty(c.own["num_experts"], c.hidden_size)), c.own
 
+    def shares(self, x_nD: Tensor) -> Tensor:
+        """(n, E): the probability of each expert, float32."""
+        return F.linear(x_nD, self.weight.to(x_nD.dtype)).float().softmax(-1)
+
     def forward(self, x_nD: Tensor) -> tuple[Tensor, Tensor]:
-        """(expert_nk int64, weight_nk in x's dtype). Probabilities in float32; divided by their sum where config.json
-        says so."""
-        share_nE = F.linear(x_nD, self.weight.to(x_nD.dtype)).float().softmax(-1)
-        weight_nk, expert_nk = share_nE.topk(self.own["num_experts_per_tok"])
+        """(expert_nk int64, weight_nk in x's dtype): the likeliest experts, whose probabilities are divided by their
+        sum where config.json says so."""
+        weight_nk, expert_nk = self.shares(x_nD).topk(self.own["num_experts_per_tok"])
         if self.own["norm_topk_prob"]:
             weight_nk = weight_nk / weight_nk.sum(-1, keepdim=True)
         return expert_nk, weight_nk.to(x_nD.dtype)
