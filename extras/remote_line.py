@@ -24,6 +24,7 @@ PAUSES = 0.1, 5.0       # seconds before the first repetition, and at most
 AT_START = 60           # seconds that a run waits for a server which has not answered yet
 IN_FLIGHT = 4           # requests at once: the server reads the next ones while it works
 PIECE = 2**20           # bytes read between two looks at the clock
+LATE = "timed out"      # as sockets say it
 LARGEST = 10**12        # of any number in a hello
 
 
@@ -50,29 +51,31 @@ class Line:
                             f"environment as {TOKEN})")
         self.secure, self.weights = parts.scheme == "https", None
         self.received, self.sent = 0, 0         # bytes of bodies
-        self.over = threading.Event()           # somebody has given up: so do the others
+        self.over, self.failed = threading.Event(), None    # one has given up: so do the others
 
     def ask(self, path: str, body: bytes | None = None, most: int = MOST_HELLO) -> bytes:
         """The answer, of at most so many bytes."""
-        begun, pause = time.monotonic(), PAUSES[0]
-        while not self.over.is_set():
-            left = begun + self.deadline - time.monotonic()
+        begun, pause, reason = time.monotonic(), PAUSES[0], LATE
+        while self.failed is None:
             try:
-                return self.once(path, body, most, left)
+                return self.once(path, body, most, begun + self.deadline - time.monotonic())
             except Again as again:
-                reason = str(again)
-            except UserError:
-                self.over.set()
-                raise
-            left = begun + self.deadline - time.monotonic()
-            if left <= 0:
-                self.over.set()
-                raise UserError(self.gone(time.monotonic() - begun, reason))
-            if self.weights is None and pause == PAUSES[0]:
-                print(f"teacher  waiting for {self.url} ({reason})", file=sys.stderr, flush=True)
-            self.over.wait(min(pause, left))
+                # the last try has little time: that it was late says nothing new
+                reason = reason if str(again) == LATE else str(again)
+                if (seconds := time.monotonic() - begun) + pause >= self.deadline:
+                    self.give_up(self.gone(seconds, reason))
+                elif self.weights is None and pause == PAUSES[0]:
+                    print(f"teacher  waiting for {self.url} ({reason})", file=sys.stderr, flush=True)
+            except UserError as error:
+                self.give_up(str(error))
+            self.over.wait(pause)
             pause = min(2 * pause, PAUSES[1])
-        raise UserError(f"the teacher at {self.url} is not asked any more")
+        raise UserError(self.failed)
+
+    def give_up(self, sentence: str) -> None:
+        """For all who are asking: the first reason counts. (A sentence: an error would hold on to the whole run.)"""
+        self.failed = self.failed or sentence
+        self.over.set()
 
     def gone(self, seconds: float, reason: str) -> str:
         if self.weights is None:
@@ -120,7 +123,7 @@ class Line:
             parts.append(part)
             got += len(part)
             if time.monotonic() > until:
-                raise TimeoutError("timed out")
+                raise TimeoutError(LATE)
         if got < length:
             raise http.client.IncompleteRead(b"", length - got)
         return b"".join(parts)
@@ -149,9 +152,10 @@ class Line:
         patience, self.deadline = self.deadline, min(self.deadline, AT_START)
         try:
             said = json.loads(self.ask("/hello"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.url} answers, but not as extras/serve_teacher.py does; correct the "
-                            f"address") from error
+        except UserError:
+            raise
+        except (ValueError, RecursionError):
+            said = None
         finally:
             self.deadline = patience
         if not isinstance(said, dict) or said.get("protocol") != PROTOCOL:

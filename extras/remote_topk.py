@@ -9,8 +9,8 @@ these are exact, value and gradient:
     top-k losses on the teacher's --topk <= K words, or         renormalised and truncated see those words alone; tail
     on their intersection with the student's                    sees the rest as one, and its mass is known
 
-and whatever needs q elsewhere is refused before anything is loaded: full-vocabulary divergences, and supports with words
-of the student's own.
+and whatever needs q elsewhere is refused before anything is loaded: full-vocabulary divergences, and supports with
+words of the student's own.
 """
 from typing import NamedTuple
 
