@@ -240,9 +240,9 @@ def attach(run) -> None:
 def pin(remote: list[RemoteModel], folder, state) -> None:
     """UserError when a run that goes on finds another teacher at its address than it began with."""
     found, path = {model.line.url: model.said["weights"] for model in remote}, folder.path / PINNED
-    if state is None or not path.exists():
+    if state is None:
         folder.keep(PINNED, json.dumps(found))
-    before = read_json(path)
+    before = read_json(path, optional=True)
     if other := [url for url in found if before.get(url) != found[url]]:
         raise UserError(f"{other[0]} serves another teacher (weights {found[other[0]][:12]}) than this run began with "
                         f"({str(before.get(other[0]))[:12]}); serve that one again, or pass another --name")

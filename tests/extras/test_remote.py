@@ -1,5 +1,9 @@
 """extras/remote.py: a served teacher gives the digits of the same teacher in this process; what it cannot is said."""
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,8 @@ from extras.fast import ways
 from support import memory
 from support.errors import UserError
 from support.setup import set_up
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +118,21 @@ def test_the_whole_command_takes_the_same_steps(served, command, tmp_path):
     for name in ("last/model.safetensors", "samples/step-000003.jsonl"):
         assert (tmp_path / "runs/here" / name).read_bytes() == (tmp_path / "runs/there" / name).read_bytes()
     assert metrics(tmp_path / "runs/there")[1]["eval_teacher"] is None
+
+
+@pytest.mark.parametrize("flags", [dict(recipe="tip"), dict(recipe="fire", teacher_topk=3)], ids=["tip", "short"])
+def test_several_processes_take_the_same_steps(served, pair, command, tmp_path, flags):
+    """fails if: a process asks for others' responses, waits for a pass that never comes, or shards what is elsewhere"""
+    local = {key: value for key, value in flags.items() if key != "teacher_topk"}
+    assert train.main(command(**local, steps=2, name="one")) == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "train.py", *command(**flags, steps=2, name="two", teacher=served)], cwd=ROOT, timeout=180,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (steps_of(tmp_path / "runs" / name) for name in ("one", "two"))
+    for mine, theirs in zip(two, one, strict=True):
+        for key in ("loss", "grad_norm", "student_entropy", "teacher_entropy"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
 def test_the_distance_of_held_out_answers_is_the_same(pair, served, tmp_path, capsys):
