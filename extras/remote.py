@@ -35,7 +35,6 @@ from support.tokenizer import MOST_BYTES
 from support.weights import load_config
 
 PINNED = "remote_teachers.json"         # in the run folder: address -> hash of the weights
-NO_STUDENT = "--student {}: a student learns in this process; give its folder"
 SERVED_AT = "served_at"                 # in the config.json of such a folder, for the memory plan
 
 
@@ -73,13 +72,13 @@ def addresses(cfg) -> list[str]:
 
 
 def rules(cfg) -> list[tuple[bool, str]]:
-    if cfg.teacher_topk and not addresses(cfg):
-        return [(False, "--teacher_topk is about a teacher on another machine (--teacher http://host:port)")]
+    here = [(not is_url(getattr(cfg, name)), f"--{name} {getattr(cfg, name)}: this model works in this process; give "
+                                             f"its folder or hub id") for name in ("student", "reference")]
     if not addresses(cfg):
-        return [(not is_url(cfg.student), NO_STUDENT.format(cfg.student))]
+        return here + [(not cfg.teacher_topk, "--teacher_topk is about a teacher on another machine (--teacher "
+                                              "http://host:port)")]
     url, elsewhere = addresses(cfg)[0], "its weights are in another process"
-    return [
-        (not is_url(cfg.student), NO_STUDENT.format(cfg.student)),
+    return here + [
         (not has_teacher_write(cfg), f"--teacher {url} reads and does not write responses; use --responses solution, "
                                      f"and no --cold_start_steps or --pts_weight"),
         (cfg.teacher_memory == "resident" and not cfg.teacher_int8,

@@ -152,7 +152,8 @@ WRONG = {
     "cold start": (dict(cold_start_steps=1), "does not write responses"),
     "parked": (dict(teacher_memory="park"), "in another process"),
     "int8": (dict(teacher_int8=True), "in another process"),
-    "student": (dict(student="http://127.0.0.1:1"), "a student learns in this process"),
+    "student": (dict(student="http://127.0.0.1:1"), "--student .* works in this process"),
+    "reference": (dict(recipe="exopd", reference="http://127.0.0.1:1"), "--reference .* works in this process"),
     "k without": (dict(teacher="{pair}/teacher", teacher_topk=4), "about a teacher on another machine"),
     "token and wandb": (dict(teacher_token="x", wandb=True), "OPD_TEACHER_TOKEN"),
 }

@@ -18,6 +18,7 @@ from extras import serve_teacher
 from extras.fast import ways
 from extras.fast.flash import Packed
 from extras.remote_wire import packed, unpacked, weights_hash
+from model import Transformer
 from support.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +236,26 @@ def test_the_next_request_is_read_while_one_is_at_work(served, monkeypatch):
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_one_pass_is_at_work_at_a_time(served, monkeypatch):
+    """fails if: two passes share the model's memory, which was planned for one"""
+    now, most, real = [], [], Transformer.response_hidden
+
+    def at_work(model, *inputs):
+        now.append(1)
+        most.append(len(now))
+        time.sleep(0.1)
+        found = real(model, *inputs)
+        now.pop()
+        return found
+    monkeypatch.setattr(Transformer, "response_hidden", at_work)
+    threads = [threading.Thread(target=hidden, args=(served,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert most == [1, 1, 1]
 
 
 @pytest.mark.parametrize("flags,said", [
