@@ -2,8 +2,8 @@
 with their log-probs, the log of the mass of all others, and the log-prob of the token drawn and the entropy over the
 whole vocabulary. 8 K + 12 bytes a token instead of 2 or 4 for each column of its hidden states.
 
-Nothing is made up for the words that were not sent: rows arrive over K + 1 words, the K and the rest, on both sides. So
-these are exact, value and gradient:
+Nothing is made up for the words that were not sent. A row has no teacher_NV; top-k losses read it over K + 1 words, the
+K and the rest, on both sides. So these are exact, value and gradient:
 
     advantages and weights from log q(a) and H(q), k2           the server computed them over the whole vocabulary
     top-k losses on the teacher's --topk <= K words, or         renormalised and truncated see those words alone; tail
@@ -28,7 +28,7 @@ from teacher import Part
 ON_DRAWN = ("policy_gradient", "k2", "cross_entropy")
 ON_TOP = ("topk_reverse_kl", "topk_forward_kl")
 SUPPORTS = ("teacher", "intersection")
-plain_support = losses.choose_support
+plain_support, PLAIN = losses.choose_support, {name: losses.DIVERGENCES[name] for name in ON_TOP}
 
 
 def rules(cfg) -> list[tuple[bool, str]]:
@@ -82,23 +82,37 @@ class Short:
 
 
 class TopkRows(NamedTuple):
-    """losses.Rows over K + 1 words, and what stands behind them. Gradient flows through student_NV and student_all_NV
-    only."""
-    student_NV: Tensor          # log p on the teacher's K words, then of the rest as one
+    """losses.Rows without the teacher's distribution, and what is known of it. Gradient flows through student_NV."""
+    student_NV: Tensor          # log p
     token_N: Tensor             # a
-    teacher_NV: Tensor          # log q, likewise
-    student_all_NV: Tensor      # log p over the vocabulary
-    id_NK: Tensor               # the K words, the likeliest first
+    top_NK: Tensor              # log q of its K likeliest words, the likeliest first
+    id_NK: Tensor               # which they are
+    tail_N: Tensor              # log of the mass of all others
     drawn_N: Tensor             # log q(a)
     entropy_N: Tensor           # H(q) over the vocabulary
     behavior_logp_N: Tensor | None = None
     advantage_N: Tensor | None = None
+    teacher_NV: None = None     # whoever asks for it learns that there is none
 
-    def student_logp_N(self) -> Tensor:
-        return self.student_all_NV.gather(1, self.token_N[:, None]).squeeze(1)
+    student_logp_N = Rows.student_logp_N
 
     def teacher_logp_N(self) -> Tensor:
         return self.drawn_N
+
+    def coarse(self) -> "CoarseRows":
+        """Both sides over K + 1 words: the K, and the rest as one."""
+        rest_N = self.student_NV.scatter(1, self.id_NK, NOTHING).logsumexp(-1)
+        student_NV = torch.cat([self.student_NV.gather(1, self.id_NK), rest_N[:, None]], 1)
+        teacher_NV = torch.cat([self.top_NK, self.tail_N[:, None]], 1).to(student_NV.dtype)
+        return CoarseRows(student_NV, teacher_NV, self.id_NK, self.student_NV)
+
+
+class CoarseRows(NamedTuple):
+    """What a top-k loss reads of such rows."""
+    student_NV: Tensor          # log p, log q, over K + 1 words
+    teacher_NV: Tensor
+    id_NK: Tensor
+    student_all_NV: Tensor      # log p over the vocabulary
 
 
 class TopkPart(Part):
@@ -109,13 +123,8 @@ class TopkPart(Part):
 
     def rows(self, logits_NV: Tensor, fields: dict[str, Tensor]) -> TopkRows:
         own = {name: value for name, value in fields.items() if name != "told_NC"}
-        top_NK, id_NK, tail_N, drawn_N, entropy_N = self.head_VE.cut(fields["told_NC"])
-        all_NV = upcast(logits_NV).log_softmax(-1)
-        rest_N = all_NV.scatter(1, id_NK, NOTHING).logsumexp(-1)
-        student_NV = torch.cat([all_NV.gather(1, id_NK), rest_N[:, None]], 1)
-        teacher_NV = torch.cat([top_NK, tail_N[:, None]], 1).to(all_NV.dtype)
-        return TopkRows(student_NV, teacher_NV=teacher_NV, student_all_NV=all_NV, id_NK=id_NK, drawn_N=drawn_N,
-                        entropy_N=entropy_N, **own)
+        known = dict(zip(("top_NK", "id_NK", "tail_N", "drawn_N", "entropy_N"), self.head_VE.cut(fields["told_NC"])))
+        return TopkRows(upcast(logits_NV).log_softmax(-1), **known, **own)
 
     def top_ids(self, logits_NV: Tensor, fields: dict[str, Tensor]) -> None:
         return None
@@ -128,7 +137,7 @@ class TopkPart(Part):
 
 def choose_support(r: Rows, args) -> Support:
     """losses.choose_support; of K + 1 words never the last, which is many."""
-    if not isinstance(r, TopkRows):
+    if not isinstance(r, CoarseRows):
         return plain_support(r, args)
     k = min(args.topk, r.id_NK.shape[1])
     keep_NK = torch.ones_like(r.id_NK[:, :k], dtype=torch.bool)
@@ -137,6 +146,13 @@ def choose_support(r: Rows, args) -> Support:
         keep_NK = (r.id_NK[:, :k, None] == student_id_NK[:, None, :]).any(2)
     at_NK = torch.arange(k, device=keep_NK.device).expand_as(keep_NK)
     return Support(r.student_NV[:, :k], r.teacher_NV[:, :k], keep_NK, at_NK)
+
+
+def of_either_rows(name: str):
+    """The top-k loss `name`, also of such rows."""
+    def loss(r: Rows | TopkRows, args) -> Tensor:
+        return PLAIN[name](r.coarse() if isinstance(r, TopkRows) else r, args)
+    return loss
 
 
 # In a run
@@ -148,10 +164,15 @@ def attach(run) -> None:
         hint = "leave out --teacher_topk" + ("" if any(kind.bridges) else ", or pass --stop_ids")
         raise UserError(f"--teacher_topk {run.cfg.teacher_topk}: a teacher with {what} has to say more than its "
                         f"likeliest words; {hint}")
-    losses.choose_support = choose_support
+    put_in_place()
     kind.compares = lambda problems: False      # distances are those of whole distributions
     run.teacher.parts = lambda batch: [topk_part(part) for part in parts(batch)]
     run.observe = lambda rows, top_ids_NK: noted(rows) if isinstance(rows, TopkRows) else observe(rows, top_ids_NK)
+
+
+def put_in_place() -> None:
+    losses.choose_support = choose_support
+    losses.DIVERGENCES.update({name: of_either_rows(name) for name in ON_TOP})
 
 
 def topk_part(part: Part) -> Part:
@@ -162,8 +183,8 @@ def topk_part(part: Part) -> Part:
 
 def noted(rows: TopkRows) -> dict[str, Tensor]:
     """What is exact of support.metrics.diagnostics; coarse_kl: KL(p||q) over the K + 1 words, at most reverse_kl."""
-    p, q, all_NV = rows.student_NV.detach(), rows.teacher_NV, rows.student_all_NV.detach()
-    entropy_N = -torch.linalg.vecdot(all_NV.exp(), all_NV)
+    p, q, *_ = rows.coarse()
+    entropy_N = -torch.linalg.vecdot(rows.student_NV.exp(), rows.student_NV)
     return {"coarse_kl": (p.exp() * (p - q)).sum(-1), "student_entropy": entropy_N, "teacher_entropy": rows.entropy_N,
             "entropy_gap": (rows.entropy_N - entropy_N).abs(),
-            "sampler_gap": (rows.student_logp_N() - rows.behavior_logp_N).abs().detach()}
+            "sampler_gap": (rows.student_logp_N() - rows.behavior_logp_N).abs()}

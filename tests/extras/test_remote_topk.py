@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import adamw, close, look, one_step, ready, settings, with_third
+from helpers import adamw, close, look, one_step, ready, settings, steps_of, with_third
 from loss_reference import TOPK, VOCAB, logits, sampled_fields
 from serving import own_cache, serving  # noqa: F401 (a fixture)
 
 import losses
+import train
 from extras import remote_topk
 from extras.remote_topk import Short, TopkPart
 from losses import DIVERGENCES, LossArgs, Rows
@@ -29,8 +30,12 @@ def served(pair):
 
 
 @pytest.fixture(autouse=True)
-def support_of_such_rows(monkeypatch):
-    monkeypatch.setattr(losses, "choose_support", remote_topk.choose_support)
+def in_place(monkeypatch):
+    """What a run puts in place; taken back at the end."""
+    monkeypatch.setattr(losses, "choose_support", losses.choose_support)
+    for name in TOPK:
+        monkeypatch.setitem(DIVERGENCES, name, DIVERGENCES[name])
+    remote_topk.put_in_place()
 
 
 def short_rows(z_NV, teacher_NV, k, **fields):
@@ -154,6 +159,13 @@ def test_one_of_two_teachers_may_send_short_rows(pair, served, command):
     _, here, _ = look(ready(command, **routed, teacher=f"a={pair / 'teacher'},b={pair / 'third'}"))
     _, there, _ = look(ready(command, **routed, teacher=f"a={served},b={pair / 'third'}", teacher_topk=3))
     close(there.teacher_logp_N, here.teacher_logp_N)
+
+
+def test_whole_runs_are_taken_too(served, command, tmp_path):
+    """fails if: whatever looks at a run beside its steps (records, pages) takes K + 1 words for the vocabulary"""
+    flags = dict(divergence="topk_reverse_kl", support="teacher", topk=4, teacher=served, teacher_topk=4)
+    assert train.main(command(**flags)) == 0
+    assert all("coarse_kl" in record and "reverse_kl" not in record for record in steps_of(tmp_path / "runs/a"))
 
 
 # What it cannot say
