@@ -8,6 +8,8 @@ extras/__init__.py lists modules in the order in which they attach. A module may
     rules(cfg)              [(whether it holds, what to say if not)], asked before anything is loaded
     on_model(model)         every model that is loaded, wherever: faster ways of the same passes
     teacher(cfg, setup)     a support.setup.TeacherKind when this configuration wants one of its kind, else None
+    served_folder(name)     a folder of the small files, for a model's name that is neither folder nor hub id, else None
+    served_model(folder, dtype, device)     what reads in place of a Transformer, for such a folder without weights
     before_loading(cfg, setup)  looks at the small files, or says where teachers are loaded (Setup.teacher_device)
     attach(run)             puts its own before, around or in place of what the Run is made of
 """

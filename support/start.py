@@ -25,7 +25,7 @@ from support.tokenizer import Tokenizer
 
 # flags that say where and how a run is watched: they may change when it goes on, and no result depends on them
 NOT_THE_RUN = ("name", "runs", "fresh", "wandb", "tensorboard", "plan", "plan_memory", "self_check", "report_only",
-               "compare_teacher")
+               "compare_teacher", "teacher_token", "teacher_deadline")
 
 
 @contextmanager

@@ -30,7 +30,11 @@ SMALL_FILES = ["*.json", "*.jinja"]     # config, tokenizer, stop ids, chat temp
 
 def checkpoint_folder(name: str, weights: bool = True) -> Path:
     """A folder as it is; anything that looks like `owner/name` is downloaded from the hub (safetensors and json files
-    and the chat template only: nothing that could be executed; without `weights` the small files only)."""
+    and the chat template only: nothing that could be executed; without `weights` the small files only). Extras know
+    other names."""
+    for known in offers("served_folder"):
+        if folder := known(name):
+            return folder
     folder = Path(os.path.expanduser(name))     # os.path: any name at all is looked up without an exception
     if os.path.isdir(folder):
         return folder
@@ -59,8 +63,12 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, comput
     """The checkpoint in `folder`, stored as `dtype` on `device`, multiplying in compute_dtype (default: dtype).
 
     Every tensor of the files fills exactly one parameter; a missing, extra, repeated or wrongly shaped one is a
-    UserError that names it, before any memory is taken. Peak memory: the model and one tensor.
+    UserError that names it, before any memory is taken. Peak memory: the model and one tensor. Of a folder whose
+    weights are elsewhere an extra knows the model.
     """
+    for known in offers("served_model"):
+        if served := known(Path(folder), compute_dtype or dtype, device):
+            return served
     config = load_config(folder)
     with torch.device("meta"):          # shapes without memory: config.json may ask for more than there is
         model = MODELS[config.model_type](config, compute_dtype or dtype).to(dtype)

@@ -14,7 +14,7 @@ from support.settings import eval_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = [path for folder in ("experiments", "bench", "docs", "toy", "tests/attack", "tests")
+SCRIPTS = [path for folder in ("extras", "experiments", "bench", "docs", "toy", "tests/attack", "tests")
            for path in sorted((ROOT / folder).glob("*.py"))]
 OF_OTHERS = {"--standalone", "--nproc_per_node", "--help"}     # torchrun's, and everybody's
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r"

@@ -29,6 +29,7 @@ import rollout
 import teacher as teacher_file
 from extras.parallel import divided, folder, group, sharded
 from extras.parallel.group import Group
+from model import Transformer
 from support import memory, report, start, tensors
 
 
@@ -104,6 +105,7 @@ def attach(run) -> None:
     if Group.world == 1:
         return
     for model in (*run.kind.models, *run.more_models.values()):     # not Run.models(): a set has no order
-        sharded.shard(model)
+        if isinstance(model, Transformer):      # else its weights are on another machine
+            sharded.shard(model)
     clip, run.agree = run.clip, group.all_reduce_max
     run.clip = lambda parameters, max_norm: sharded.whole(clip(parameters, max_norm))
