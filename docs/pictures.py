@@ -134,7 +134,7 @@ def report() -> None:
     source = HERE.parent / "runs/sg/report.html"
     if not browser or not source.is_file():
         raise SystemExit("error: report needs Chromium and runs/sg (python train.py --recipe sg --name sg)")
-    press = ("for (const b of document.querySelectorAll('button')) if (b.textContent === 'step 61') b.click();"
+    press = ("for (const b of document.querySelectorAll('button')) if (b.textContent === 'step 1') b.click();"
              "const s = document.querySelector('select[aria-label=\"colour by\"]'); s.value = 'advantage';"
              "s.dispatchEvent(new Event('change')); document.querySelectorAll('.said')[1].querySelectorAll('.t')[0].click();"
              "for (const e of [...document.body.querySelectorAll('main > *')]) if (e.textContent === 'Tokens') "
@@ -146,7 +146,7 @@ def report() -> None:
         copy = Path(folder) / "page.html"
         copy.write_text(text.replace(own, own + press, 1))
         subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile",
-                        "--hide-scrollbars", "--window-size=900,620", "--virtual-time-budget=3000",
+                        "--hide-scrollbars", "--window-size=900,760", "--virtual-time-budget=3000",
                         f"--screenshot={HERE / 'report.png'}", f"file://{copy}"], check=True, capture_output=True)
 
 
