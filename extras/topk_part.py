@@ -8,9 +8,9 @@ That is what inference servers tell and what fits on a disk. It determines exact
                          student's top k are known here, the teacher's there), as long as --topk is not above what is
                          told
 
-since a divergence on a support S reads log q on S and, for the tail, one number: q outside S. For S smaller than what is
-told, that is the tail that was told plus what is told and not in S. Everything else is refused (rules_for_topk), and of
-the metrics what is not determined is NaN.
+since a divergence on a support S reads log q on S and, for the tail, one number: q outside S. For S smaller than what
+is told, that is the tail that was told plus what is told and not in S. Everything else is refused (rules_for_topk), and
+of the metrics what is not determined is NaN.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,8 +39,8 @@ class KnownIds(NamedTuple):
 
 @dataclass(eq=False)
 class TopKPart(Untaught):
-    """The rows that such a teacher scored. All tensors have the N rows of the step, in the order of Rollout.rows; rows of
-    sequences that it did not read hold NaN (and any id). K may be 0: then only the token drawn is known."""
+    """The rows that such a teacher scored. All tensors have the N rows of the step, in the order of Rollout.rows; rows
+    of sequences that it did not read hold NaN (and any id). K may be 0: then only the token drawn is known."""
     id_NK: Tensor           # int64: the likeliest tokens, no id twice in a row
     logp_NK: Tensor         # float32 at least: their log-probs, normalised over the whole vocabulary
     tail_logp_N: Tensor     # log of the mass of all other tokens; of any value where there are none
@@ -91,8 +91,8 @@ def completed(id_NK: Tensor, logp_NK: Tensor, tail_N: Tensor, token_N: Tensor, t
 
 
 def watch(run) -> None:
-    """Metrics of rows that are known in part: NaN for what is not determined, and `reverse_kl_at_least`, the KL(p||q) of
-    the k tokens told and one bucket for all others, which is never above the true one."""
+    """Metrics of rows that are known in part: NaN for what is not determined, and `reverse_kl_at_least`, the KL(p||q)
+    of the k tokens told and one bucket for all others, which is never above the true one."""
     observe = run.observe
 
     def observe_known(rows: Rows, top_NK) -> dict[str, Tensor]:
@@ -121,8 +121,8 @@ def coarse_kl(rows: Rows, id_NK: Tensor) -> Tensor:
 
 
 def rules_for_topk(cfg, what: str, most: int | None = None, entropy: bool = False) -> list[tuple[bool, str]]:
-    """What such a teacher refuses, for an extra's rules(cfg). `what` begins the sentence (the flag that chose it); most:
-    how many tokens it tells at the most (None: as many as --topk asks for); entropy: does it tell its entropy?"""
+    """What such a teacher refuses, for an extra's rules(cfg). `what` begins the sentence (the flag that chose it);
+    most: how many tokens it tells at the most (None: as many as --topk asks for); entropy: does it tell its entropy?"""
     known = KNOWN_SIGNALS | ({"teacher_entropy_N"} if entropy else set())
     unknown = [name for name in asked_signals(cfg) if name not in known]
     instead = INSTEAD.get(cfg.divergence, "topk_reverse_kl")
