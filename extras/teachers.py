@@ -40,7 +40,7 @@ SHOWN_SOLUTION = (
 
 
 # Beginning of an address -> (cfg, setup, address) -> a teacher that is no checkpoint here and reads the student's ids.
-# It has context (the longest sequence that it can read), read(batch, sequence_b) -> Part and, called once, load(setup).
+# It has context, the longest sequence that it can read, and read(batch, sequence_b) -> Part.
 ELSEWHERE: dict[str, object] = {}
 
 
@@ -275,10 +275,8 @@ class Teachers(TeacherKind):
             if model not in (student, None):
                 model.requires_grad_(False)
                 model.title, model.vocab_size = "the teacher", tokenizer.vocab_size
-        self.models, self.average = [model for model in models if model is not None], average
-        self.readers = [self.own[number] if model is None else Teacher(model, cfg) for number, model in enumerate(models)]
-        for reader in (reader for reader, model in zip(self.readers, models) if model is None):
-            reader.load(setup)
+        self.models, self.average = [model for model in models if model], average
+        self.readers = [Teacher(model, cfg) if model else self.own[number] for number, model in enumerate(models)]
         return Panel(self, student)
 
     def writer(self, run: Run, number: int, shown: bool) -> Writer:
