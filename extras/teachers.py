@@ -5,7 +5,7 @@
     --privileged            the teacher's prompt holds the reference solution (OPSD 2601.18734), or a right response of
                             another sample to the same problem (SDPO 2601.20802)
 
-Each may have a tokenizer of its own (cross_tokenizer/), or be no checkpoint here (ELSEWHERE). Whatever it sees, a
+Each may have a tokenizer of its own (cross_tokenizer/), or be no checkpoint here (elsewhere.py). Whatever it sees, a
 teacher scores the same response tokens.
 """
 import re
@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from extras import elsewhere
 from extras.cross_tokenizer.bridge import find_bridge
 from extras.cross_tokenizer.crossing import Crossing
+from extras.elsewhere import addresses, is_elsewhere
 from extras.given import random_of, solutions
 from extras.lora import lora_off
 from extras.one_stop import OneStopPart, stops_of_all, with_one_stop
@@ -37,11 +39,6 @@ SHOWN_SOLUTION = (
     "--- reference ends ---\n\nFirst make sure that you understand every step of the reference, without copying or "
     "rephrasing it. Then reach the same final answer to the problem above with reasoning of your own. Think step by "
     "step, try more than one way, and go back wherever needed.")
-
-
-# Beginning of an address -> (cfg, setup, address) -> a teacher that is no checkpoint here and reads the student's ids.
-# It has context, the longest sequence that it can read, and read(batch, sequence_b) -> Part.
-ELSEWHERE: dict[str, object] = {}
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def teacher(cfg, setup: Setup) -> TeacherKind | None:
     """Teachers, unless one with the student's tokens and stop ids reads what the student reads."""
     if cfg.teacher == "none":
         return None
-    plain = (cfg.privileged == "none" and cfg.align == "auto" and cfg.teacher != "self" and not elsewhere(cfg)
+    plain = (cfg.privileged == "none" and cfg.align == "auto" and cfg.teacher != "self" and not addresses(cfg)
              and not cfg.teacher_template_vars and "" in (folders := parse_teachers(cfg)))
     if plain:
         theirs = Tokenizer(folders[""], cfg.chat_template)
@@ -111,19 +108,13 @@ def teacher(cfg, setup: Setup) -> TeacherKind | None:
     return Teachers(cfg, setup)
 
 
-def elsewhere(cfg) -> list[str]:
-    """The addresses of teachers that are no checkpoint here."""
-    parts = [cfg.teacher, *(part.partition("=")[2] for part in cfg.teacher.split(","))]
-    return [part for part in parts if part.startswith(tuple(ELSEWHERE))]
-
-
 def parse_teachers(cfg) -> dict[str, Path | str]:
     """{"": folder} for one teacher, {tag: folder} for `tag=folder,tag=folder`, {} for self; an address stays text."""
     def place(text: str) -> Path | str:
-        return text if text.startswith(tuple(ELSEWHERE)) else checkpoint_folder(text, weights=not cfg.plan)
+        return text if is_elsewhere(text) else checkpoint_folder(text, weights=not cfg.plan)
     if cfg.teacher == "self":
         return {}
-    if cfg.teacher.startswith(tuple(ELSEWHERE)) or Path(cfg.teacher).expanduser().is_dir() or "=" not in cfg.teacher:
+    if is_elsewhere(cfg.teacher) or Path(cfg.teacher).expanduser().is_dir() or "=" not in cfg.teacher:
         return {"": place(cfg.teacher)}
     pairs = [part.partition("=") for part in cfg.teacher.split(",")]
     if bad := [tag for tag, _, folder in pairs if not tag or not folder]:
@@ -174,10 +165,6 @@ def privileged_prompt(prompt: str | list[dict], solution: str, template: str) ->
     return re.sub(r"\{(problem|solution)\}", lambda found: prompt if found[1] == "problem" else solution, template)
 
 
-def find_elsewhere(cfg, setup: Setup, address: str):
-    return next(find for prefix, find in ELSEWHERE.items() if address.startswith(prefix))(cfg, setup, address)
-
-
 class Teachers(TeacherKind):
     """The teachers of a run: their folders and tokenizers, and what each reads of a problem."""
 
@@ -196,7 +183,7 @@ class Teachers(TeacherKind):
             raise UserError(f"--teacher {cfg.teacher}: one of them stops at other tokens than the student, and what is "
                             f"no checkpoint here cannot be read with both as one; pass --stop_ids")
         self.tokenizers = [bridge.teacher if bridge else setup.tokenizer for bridge in self.bridges]
-        own = self.own = [load_config(folder) if ours else find_elsewhere(cfg, setup, folder)
+        own = self.own = [load_config(folder) if ours else elsewhere.find(cfg, setup, folder)
                           for folder, ours in zip(folders, here)]
         self.configs = [config for config, ours in zip(own, here) if ours]
         for folder, config, tokenizer, ours in zip(folders, own, self.tokenizers, here):
@@ -288,7 +275,7 @@ class Teachers(TeacherKind):
 
     def compares(self, problems: list[Problem]) -> bool:
         """Whether held-out problems can be scored: not when the teacher is to be shown what they do not have."""
-        return self.cfg.privileged != "sibling" and not elsewhere(self.cfg) and (
+        return self.cfg.privileged != "sibling" and not addresses(self.cfg) and (
             self.cfg.privileged == "none" or all(problem.solution for problem in problems))
 
     def held_out(self, run: Run) -> list[tuple[str, Transformer, Tokenizer, list[Problem]]]:

@@ -27,7 +27,9 @@ TOPK_LOSSES, SUPPORTS = ("topk_reverse_kl", "topk_forward_kl"), ("teacher", "int
 SAMPLED_LOSSES = ("policy_gradient", "k2", "cross_entropy")
 INSTEAD = {"forward_kl": "topk_forward_kl", "skewed_forward_kl": "topk_forward_kl", "eopd": "policy_gradient"}
 KNOWN_SIGNALS = {"teacher_logp_N", "teacher_total_B", "teacher_B", "reward_B", "reference_logp_N"}
-NEED_MORE = {"overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_advantage", "topk_mass_teacher"}
+OF_THE_STUDENT = {"student_entropy", "topk_mass_student", "sampler_gap"}      # metrics that are known whoever teaches
+OF_BOTH_TOPS = {"overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_advantage",
+                "topk_mass_teacher"}
 
 
 class KnownIds(NamedTuple):
@@ -70,6 +72,33 @@ class TopKPart(Untaught):
                         fields.get("told_entropy_N"))
 
 
+class Told(NamedTuple):
+    """What such a teacher says of the n response tokens of one sequence."""
+    id_nK: Tensor
+    logp_nK: Tensor
+    tail_logp_n: Tensor
+    token_logp_n: Tensor
+    entropy_n: Tensor | None = None
+
+
+def topk_part(rollout, sequence_b: Tensor, answers: list[Told]) -> TopKPart:
+    """The part of a step of which the sequences sequence_b are told, answers in their order."""
+    like = rollout.rows(rollout.logp_BT)
+    start_B = rollout.length_B.cumsum(0) - rollout.length_B
+    row_n = torch.cat([torch.arange(start, start + length) for start, length in
+                       zip(start_B[sequence_b].tolist(), rollout.length_B[sequence_b].tolist())]).to(like.device)
+    spread = []
+    for values in zip(*answers):
+        if values[0] is None:
+            continue
+        value_n = torch.cat(list(values)).to(like.device)
+        nothing_N = value_n.new_zeros(len(like), *value_n.shape[1:])
+        if value_n.is_floating_point():
+            nothing_N.fill_(torch.nan)
+        spread.append(nothing_N.index_copy(0, row_n, value_n))
+    return TopKPart(sequence_b, *spread)
+
+
 def completed(id_NK: Tensor, logp_NK: Tensor, tail_N: Tensor, token_N: Tensor, token_logp_N: Tensor, V: int) -> Tensor:
     """(N, V): one of the distributions that agree with what is known: the mass that is left is spread evenly. Whoever
     reads more of it than the k tokens, the token drawn and sums over all others reads an invention.
@@ -99,10 +128,9 @@ def watch(run) -> None:
         if not isinstance(top_NK, KnownIds):
             return observe(rows, top_NK)
         noted, nothing_N = observe(rows, top_NK[:2]), torch.full_like(rows.behavior_logp_N, torch.nan)
-        unknown = {"reverse_kl", "forward_kl", "teacher_entropy", "entropy_gap"}
-        if top_NK.teacher_NK.shape[1] < min(DIAGNOSTIC_K, rows.student_NV.shape[1]):
-            unknown |= NEED_MORE
-        noted |= {name: nothing_N for name in unknown if name in noted}
+        enough = top_NK.teacher_NK.shape[1] >= min(DIAGNOSTIC_K, rows.student_NV.shape[1])
+        known = OF_THE_STUDENT | OF_BOTH_TOPS if enough else OF_THE_STUDENT
+        noted |= {name: nothing_N for name in noted if name not in known}
         if top_NK.entropy_N is not None and "student_entropy" in noted:
             noted["teacher_entropy"] = top_NK.entropy_N
             noted["entropy_gap"] = (top_NK.entropy_N - noted["student_entropy"]).abs()
