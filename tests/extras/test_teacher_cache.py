@@ -154,7 +154,8 @@ def test_each_difference_is_one_sentence(pair, command, tmp_path, capsys):
     reads, writes = dict(teacher=f"cache:{folder}"), dict(cache_teacher=folder)
     for number, (flags, name) in enumerate([
             ({**writes, "teacher": pair / "third"}, "another teacher"), ({**reads, "student": more}, "tokenizer"),
-            ({**reads, "chat_template": template}, "chat template"), ({**writes, "chat_template": template}, "template"),
+            ({**reads, "chat_template": template}, "chat template"),
+            ({**writes, "chat_template": template}, "chat template"),
             ({**reads, "template_vars": "a=1"}, "chat template"), ({**reads, "stop_ids": "3"}, "stop ids"),
             ({**reads, "dtype": "bfloat16"}, "dtype"), ({**writes, "cache_topk": 4, **TOP}, "--cache_topk"),
             ({**reads, "seed": 1}, "holds nothing about this response"),
@@ -219,7 +220,8 @@ def test_a_server_is_asked_once(pair, command, tmp_path):
 
 def test_a_teacher_with_another_tokenizer_is_not_written(world, command, tmp_path, capsys):
     """fails if: what was fitted to another tokenizer's words is written as if it were the student's"""
-    refused(capsys, command(**{**RUN, "teacher": world / "foreign", "cache_teacher": tmp_path / "c"}), "another tokenizer")
+    flags = {**RUN, "teacher": world / "foreign", "cache_teacher": tmp_path / "c"}
+    refused(capsys, command(**flags), "another tokenizer")
 
 
 def test_weights_are_told_apart(tmp_path):
