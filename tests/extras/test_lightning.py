@@ -115,7 +115,8 @@ def test_it_resumes_and_begins_afresh(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, name", [
     (dict(divergence="k2"), "has no ratio"), (dict(lmbda=0.5), "keep --lmbda 1"),
-    (dict(divergence="cross_entropy", lmbda=0.5), "has no ratio"), (dict(teacher="none", divergence="policy_gradient", advantage="grpo"), "there is none"),
+    (dict(divergence="cross_entropy", lmbda=0.5), "has no ratio"),
+    (dict(teacher="none", divergence="policy_gradient", advantage="grpo"), "there is none"),
     (dict(teacher="self", self_teacher="ema"), "keep --self_teacher initial"),
     (dict(privileged="sibling", teacher_prompt="{solution};{problem}"), "draws a sibling anew")])
 def test_what_is_wrong_on_stored_responses_is_refused(command, flags, name):
