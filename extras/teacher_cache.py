@@ -92,7 +92,7 @@ def weights_hash(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         with open(path, "rb") as file:
-            header = file.read(8 + int.from_bytes(file.read(8), "little"))
+            header = file.read(min(size, int.from_bytes(file.read(8), "little")))
             blocks = []
             for block in range(SAMPLED_BLOCKS):
                 file.seek(block * max(0, size - BLOCK) // (SAMPLED_BLOCKS - 1))

@@ -123,11 +123,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         try:
-            if fault == "drip":         # bytes keep coming, so that no wait for one of them is long
-                for part in range(20):
-                    self.wfile.write(body[part:part + 1])
-                    time.sleep(0.05)
-            self.wfile.write(body[:len(body) // 2] if fault == "gone" else body)
+            for part in range(20 if fault == "drip" else 0):    # bytes keep coming: no wait for one of them is long
+                self.wfile.write(body[part:part + 1])
+                time.sleep(0.05)
+            self.wfile.write(body[:len(body) // 2] if fault == "gone" else body[20:] if fault == "drip" else body)
         except OSError:                 # the client has hung up
             pass
         self.close_connection = True

@@ -5,6 +5,7 @@ from helpers import close, interrupted, look, one_step, ready, steps_of, with_th
 from inference_server import serving
 
 import train
+from extras.api_teacher import Wrong, checked
 from support.errors import UserError
 
 KINDS = ("vllm", "sglang")
@@ -112,6 +113,20 @@ class Swapped:
         return self.tokenizer.decode([{3: 4, 4: 3}.get(i, i) for i in ids], **how)
 
 
+@pytest.mark.parametrize("entry, name", [
+    ((3, -0.1, [(5, -0.7), (6, -1.1)], None), "not the likeliest"),       # the token itself is likelier than both
+    ((3, -5.0, [(5, -0.1), (6, -0.2)], None), "one distribution"),
+    ((3, -5.0, [(5, -0.7), (5, -1.1)], None), "1 of the 2"),
+    ((3, -5.0, [(5, 0.2), (6, -1.1)], None), "log-prob"), ((3, -5.0, [(5, -0.7), (99, -1.1)], None), "id 99"),
+    ((3, float("nan"), [(5, -0.7), (6, -1.1)], None), "log-prob")])
+def test_numbers_that_cannot_be_are_found(entry, name):
+    """fails if: likeliest tokens that are not the likeliest, a mass above 1, or ids beyond the vocabulary get through"""
+    good = (3, -5.0, [(5, -0.7), (6, -1.1)], None)
+    assert checked([good], 2, 20).id_nK.tolist() == [[5, 6]]
+    with pytest.raises(Wrong, match=name):
+        checked([good, entry], 2, 20)
+
+
 def test_the_servers_refusal_is_passed_on(command, server):
     """fails if: what the server says against a request is hidden, or the request repeated"""
     with pytest.raises(UserError, match="refuses a request to /v1/completions .*greater than max allowed: 20"):
@@ -158,12 +173,18 @@ def test_it_stands_beside_a_loaded_teacher_and_reads_privileged_prompts(pair, co
     with_third(pair)
     flags = dict(route="kind", data=pair / "routed.jsonl", divergence="policy_gradient", privileged="solution",
                  teacher_prompt="{solution};{problem}", problems=6, **FAST)
-    seen = [look(ready(command, teacher=f"a={pair / 'third'},b={b}", **flags))
-            for b in (pair / "teacher", server.address("sglang"))]
+    seen = []
+    for b in (pair / "teacher", server.address("sglang")):
+        run = ready(command, teacher=f"a={pair / 'third'},b={b}", **flags)
+        seen.append(look(run))
     (batch, here, _), (_, there, parts) = seen
     close(here.teacher_logp_N, there.teacher_logp_N)
     assert [type(part).__name__ for part in parts] == ["Part", "TopKPart"]
     assert {problem.fields["kind"] for problem in batch.problems} == {"a", "b"}
+    sent = {tuple(request["input_ids"]) for _, request in server.asked}
+    for b, problem in enumerate(batch.problems):
+        whole = (*run.kind.prompt(problem), *batch.rollout.response(b))
+        assert (whole in sent) == (problem.fields["kind"] == "b") and len(whole) > len(problem.prompt)
 
 
 def test_a_whole_run_resumes(command, server, monkeypatch, tmp_path):

@@ -38,9 +38,15 @@ def b_of(pair, run, batch):
     return logp(load_model(pair / "student"), run, batch)
 
 
-def test_every_step_learns_from_what_the_initial_student_wrote(pair, command, tmp_path):
-    """fails if: a later student writes, log b is that of a later student, or an epoch writes anew"""
-    run = begun(ready(command, **RUN), tmp_path)
+def test_every_step_learns_from_what_the_initial_student_wrote(pair, command, tmp_path, monkeypatch):
+    """fails if: a later student writes, log b is that of a later student, an epoch writes anew, or the teacher is asked
+    later than before the first step"""
+    run, read = begun(ready(command, **RUN), tmp_path), Teacher.read
+
+    def never(self, *asked):
+        assert self.model.title != "the teacher"
+        return read(self, *asked)
+    monkeypatch.setattr(Teacher, "read", never)
     optimizer, first = torch.optim.SGD(run.student.parameters(), lr=0.1), {}
     for step in range(6):
         batch = collect(run, step)

@@ -233,10 +233,26 @@ def test_weights_are_told_apart(tmp_path):
         hashes.append(teacher_cache.weights_hash(tmp_path / str(number)))
     assert hashes[0] == hashes[1] != hashes[2]
     tensors = load_file(tmp_path / "0/model.safetensors")
-    name = sorted(tensors)[0]
-    tensors[name].view(-1)[0] += 1
+    name = sorted(tensors)[1]
+    tensors[name].view(-1)[5] += 1
     save_file(tensors, tmp_path / "0/model.safetensors")
     assert teacher_cache.weights_hash(tmp_path / "0") != hashes[0]
+
+
+def test_what_was_said_in_the_same_step_comes_first(tmp_path):
+    """fails if: a sequence that was read in several steps is taken from another than the one that asks"""
+    store = teacher_store.Store(tmp_path, {}, None)
+    key, other = bytes(32), bytes([1] * 32)
+    for step in (0, 5):
+        rows = {"hidden": torch.tensor([[step], [step + 1], [step + 2]])}
+        store.append([(key, step, 0), (key, step, 1)], [1, 2], rows)
+    store.append([(key, 5, 0), (other, 5, 0)], [1, 1], {"hidden": torch.tensor([[9], [8]])})
+    for store in (store, teacher_store.Store(tmp_path)):
+        def found(*asked):
+            return store.read(store.pick(list(asked)), "hidden").flatten().tolist()
+        assert found((key, 5, 1), (key, 0, 0), (key, 5, 0), (other, 7, 0)) == [6, 7, 0, 5, 8]
+        assert found((key, 3, 0)) == [0] and store.pick([(key, 0, 0), (bytes([2] * 32), 0, 0)]) is None
+    assert len(store.shards) == 3
 
 
 def test_a_response_that_comes_twice_is_read_twice(command, tmp_path):
