@@ -114,13 +114,13 @@ class Swapped:
 
 
 @pytest.mark.parametrize("entry, name", [
-    ((3, -0.1, [(5, -0.7), (6, -1.1)], None), "not the likeliest"),       # the token itself is likelier than both
+    ((3, -1.5, [(5, -0.7), (6, -1.9)], None), "not the likeliest"),       # the token itself is likelier than one
     ((3, -5.0, [(5, -0.1), (6, -0.2)], None), "one distribution"),
     ((3, -5.0, [(5, -0.7), (5, -1.1)], None), "1 of the 2"),
     ((3, -5.0, [(5, 0.2), (6, -1.1)], None), "log-prob"), ((3, -5.0, [(5, -0.7), (99, -1.1)], None), "id 99"),
     ((3, float("nan"), [(5, -0.7), (6, -1.1)], None), "log-prob")])
 def test_numbers_that_cannot_be_are_found(entry, name):
-    """fails if: likeliest tokens that are not the likeliest, a mass above 1, or ids beyond the vocabulary get through"""
+    """fails if: likeliest tokens that are not the likeliest, a mass above 1, or ids of no word get through"""
     good = (3, -5.0, [(5, -0.7), (6, -1.1)], None)
     assert checked([good], 2, 20).id_nK.tolist() == [[5, 6]]
     with pytest.raises(Wrong, match=name):

@@ -41,12 +41,10 @@ def b_of(pair, run, batch):
 def test_every_step_learns_from_what_the_initial_student_wrote(pair, command, tmp_path, monkeypatch):
     """fails if: a later student writes, log b is that of a later student, an epoch writes anew, or the teacher is asked
     later than before the first step"""
-    run, read = begun(ready(command, **RUN), tmp_path), Teacher.read
-
-    def never(self, *asked):
-        assert self.model.title != "the teacher"
-        return read(self, *asked)
-    monkeypatch.setattr(Teacher, "read", never)
+    read, times = Teacher.read, []
+    monkeypatch.setattr(Teacher, "read", lambda self, *args: times.append(self.model.title) or read(self, *args))
+    run = begun(ready(command, **RUN), tmp_path)
+    assert times == ["the teacher"] * 3         # 10 problems, 4 a step
     optimizer, first = torch.optim.SGD(run.student.parameters(), lr=0.1), {}
     for step in range(6):
         batch = collect(run, step)
@@ -56,7 +54,7 @@ def test_every_step_learns_from_what_the_initial_student_wrote(pair, command, tm
             first.setdefault((i, b % 2), batch.rollout.response(b))
             assert first[i, b % 2] == batch.rollout.response(b)
         one_step(run, optimizer, step)
-    assert len(first) == 20
+    assert len(first) == 20 and len(times) == 3
 
 
 def test_the_ratio_is_shown(pair, command, tmp_path):
