@@ -4,6 +4,7 @@ import torch
 from helpers import close, interrupted, look, one_step, ready, steps_of, with_third
 from inference_server import serving
 
+import eval as evaluation
 import train
 from extras.api_teacher import Wrong, checked
 from support.errors import UserError
@@ -185,6 +186,24 @@ def test_it_stands_beside_a_loaded_teacher_and_reads_privileged_prompts(pair, co
     for b, problem in enumerate(batch.problems):
         whole = (*run.kind.prompt(problem), *batch.rollout.response(b))
         assert (whole in sent) == (problem.fields["kind"] == "b") and len(whole) > len(problem.prompt)
+
+
+def test_it_stands_beside_a_teacher_with_another_tokenizer(world, command, server):
+    """fails if: the rows of one are taken for the other's, or a filter does not see both"""
+    flags = dict(route="kind", data=world / "kinds.jsonl", divergence="policy_gradient", problems=6, **FAST)
+    seen = [look(ready(command, teacher=f"a={world / 'foreign'},b={b}", **flags))[1]
+            for b in (world / "teacher", server.address("vllm"))]
+    torch.testing.assert_close(seen[0].teacher_logp_N, seen[1].teacher_logp_N, rtol=0, atol=1e-5, equal_nan=True)
+    run = ready(command, teacher=f"a={world / 'foreign'},b={server.address('vllm')}", **flags)
+    assert one_step(run)["grad_norm"] > 0
+
+
+def test_eval_says_that_it_cannot_compare(pair, server, capsys):
+    """fails if: eval.py leaves the distance out without a word"""
+    data = ["--data", str(pair / "test.jsonl"), "--max_new_tokens", "6", "--k", "1"]
+    assert evaluation.main(["--model", str(pair / "student"), *data, "--teacher", server.address("vllm")]) == 2
+    said = capsys.readouterr().err
+    assert "name a checkpoint" in said and said.count("\n") == 1
 
 
 def test_a_whole_run_resumes(command, server, monkeypatch, tmp_path):
