@@ -222,7 +222,9 @@ def checked(entries: list[tuple], k: int, vocab_size: int) -> Told:
         id_nK.append(ids)
         logp_nK.append(values)
         token_n.append(logp)
-        tail_n.append(math.log(max(1 - mass, outside, LEAST_TAIL)))
+        # no token outside is likelier than the last one told; and one at least has the mass of the token itself
+        most = (vocab_size - k) * math.exp(values[-1]) if k else 1.0
+        tail_n.append(math.log(max(min(1 - mass, most), min(LEAST_TAIL, most), outside, 1e-30)))
     n = len(entries)
     return Told(torch.tensor(id_nK, dtype=torch.int64).view(n, k), torch.tensor(logp_nK).view(n, k),
                 torch.tensor(tail_n), torch.tensor(token_n))

@@ -1,4 +1,6 @@
 """A teacher on an inference server: what it says equals what the same model says here; each fault is one sentence."""
+import math
+
 import pytest
 import torch
 from helpers import close, interrupted, look, one_step, ready, steps_of, with_third
@@ -126,6 +128,19 @@ def test_numbers_that_cannot_be_are_found(entry, name):
     assert checked([good], 2, 20).id_nK.tolist() == [[5, 6]]
     with pytest.raises(Wrong, match=name):
         checked([good, entry], 2, 20)
+
+
+@pytest.mark.parametrize("sharp", [1.0, 5.0, 12.0])
+def test_the_tail_of_rounded_numbers_is_held_between_its_bounds(sharp):
+    """fails if: a tail far below the rounding of its top k is taken to be as large as that rounding"""
+    logits_V = sharp * torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logp_V = logits_V.log_softmax(0)
+    value_K, id_K = logp_V.topk(16)
+    top = list(zip(id_K.tolist(), value_K.float().tolist()))
+    told = checked([(top[0][0], top[0][1], top, None)], 16, 200)
+    true, most = logp_V.scatter(0, id_K, -torch.inf).logsumexp(0).item(), value_K[-1].item() + math.log(184)
+    assert told.tail_logp_n.item() <= most + 1e-4
+    assert told.tail_logp_n.item() == pytest.approx(true, abs=1e-4) if sharp < 12 else told.tail_logp_n.item() >= true
 
 
 def test_the_servers_refusal_is_passed_on(command, server):
