@@ -5,7 +5,8 @@
     --privileged            the teacher's prompt holds the reference solution (OPSD 2601.18734), or a right response of
                             another sample to the same problem (SDPO 2601.20802)
 
-Each may have a tokenizer of its own (cross_tokenizer/). Whatever it sees, a teacher scores the same response tokens.
+Each may have a tokenizer of its own (cross_tokenizer/), or be no checkpoint here (elsewhere.py). Whatever it sees, a
+teacher scores the same response tokens.
 """
 import re
 from contextlib import nullcontext
@@ -15,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from extras import elsewhere
 from extras.cross_tokenizer.bridge import find_bridge
 from extras.cross_tokenizer.crossing import Crossing
+from extras.elsewhere import addresses, is_elsewhere
 from extras.given import random_of, solutions
 from extras.lora import lora_off
 from extras.one_stop import OneStopPart, stops_of_all, with_one_stop
@@ -95,7 +98,7 @@ def teacher(cfg, setup: Setup) -> TeacherKind | None:
     """Teachers, unless one with the student's tokens and stop ids reads what the student reads."""
     if cfg.teacher == "none":
         return None
-    plain = (cfg.privileged == "none" and cfg.align == "auto" and cfg.teacher != "self"
+    plain = (cfg.privileged == "none" and cfg.align == "auto" and cfg.teacher != "self" and not addresses(cfg)
              and not cfg.teacher_template_vars and "" in (folders := parse_teachers(cfg)))
     if plain:
         theirs = Tokenizer(folders[""], cfg.chat_template)
@@ -105,18 +108,20 @@ def teacher(cfg, setup: Setup) -> TeacherKind | None:
     return Teachers(cfg, setup)
 
 
-def parse_teachers(cfg) -> dict[str, Path]:
-    """{"": folder} for one teacher, {tag: folder} for `tag=folder,tag=folder`, {} for self."""
+def parse_teachers(cfg) -> dict[str, Path | str]:
+    """{"": folder} for one teacher, {tag: folder} for `tag=folder,tag=folder`, {} for self; an address stays text."""
+    def place(text: str) -> Path | str:
+        return text if is_elsewhere(text) else checkpoint_folder(text, weights=not cfg.plan)
     if cfg.teacher == "self":
         return {}
-    if Path(cfg.teacher).expanduser().is_dir() or "=" not in cfg.teacher:
-        return {"": checkpoint_folder(cfg.teacher, weights=not cfg.plan)}
+    if is_elsewhere(cfg.teacher) or Path(cfg.teacher).expanduser().is_dir() or "=" not in cfg.teacher:
+        return {"": place(cfg.teacher)}
     pairs = [part.partition("=") for part in cfg.teacher.split(",")]
     if bad := [tag for tag, _, folder in pairs if not tag or not folder]:
         raise UserError(f"--teacher {cfg.teacher}: {bad[0]!r} is no tag=folder pair")
     if len({tag for tag, _, _ in pairs}) < len(pairs):
         raise UserError(f"--teacher {cfg.teacher}: a tag names two teachers")
-    return {tag: checkpoint_folder(folder, weights=not cfg.plan) for tag, _, folder in pairs}
+    return {tag: place(folder) for tag, _, folder in pairs}
 
 
 def same_stops(student: Tokenizer, teachers: list[Tokenizer], bridges: list, training: bool) -> tuple[int, ...]:
@@ -167,17 +172,24 @@ class Teachers(TeacherKind):
         self.cfg, self.setup = cfg, setup
         self.folders = parse_teachers(cfg)
         self.tags, folders = list(self.folders) or [""], list(self.folders.values())
-        texts = [setup.tokenizer if folder == setup.folder else Tokenizer(folder, cfg.chat_template)
-                 for folder in folders or [setup.folder]]
-        self.bridges = [find_bridge(cfg, setup.tokenizer, text) for text in texts]
+        here = [isinstance(folder, Path) for folder in folders or [setup.folder]]
+        texts = [setup.tokenizer if folder == setup.folder or not ours else Tokenizer(folder, cfg.chat_template)
+                 for folder, ours in zip(folders or [setup.folder], here)]
+        self.bridges = [find_bridge(cfg, setup.tokenizer, text) if ours else None for text, ours in zip(texts, here)]
         self.one_stop = () if cfg.stop_ids else same_stops(
             setup.tokenizer, [text for text, bridge in zip(texts, self.bridges) if not bridge], self.bridges,
             training=bool(setup.held_out))      # of a run; eval.py has none
+        if self.one_stop and not all(here):
+            raise UserError(f"--teacher {cfg.teacher}: one of them stops at other tokens than the student, and what is "
+                            f"no checkpoint here cannot be read with both as one; pass --stop_ids")
         self.tokenizers = [bridge.teacher if bridge else setup.tokenizer for bridge in self.bridges]
-        own = [load_config(folder) for folder in folders]
-        for folder, config, tokenizer in zip(folders, own, self.tokenizers):
-            check_vocabulary(folder, config, tokenizer)
-        self.configs, self.other_tokenizers = own, [bridge.teacher for bridge in self.bridges if bridge]
+        own = self.own = [load_config(folder) if ours else elsewhere.find(cfg, setup, folder)
+                          for folder, ours in zip(folders, here)]
+        self.configs = [config for config, ours in zip(own, here) if ours]
+        for folder, config, tokenizer, ours in zip(folders, own, self.tokenizers, here):
+            if ours:
+                check_vocabulary(folder, config, tokenizer)
+        self.other_tokenizers = [bridge.teacher for bridge in self.bridges if bridge]
         self.contexts = [config.context for config in own or [setup.config]]
         self.context = min(self.contexts)
         if cfg.privileged == "solution":
@@ -238,8 +250,8 @@ class Teachers(TeacherKind):
         """The models that score; the student itself where no copy is needed."""
         cfg, average = setup.cfg, None
         if cfg.teacher != "self":
-            models = [load_model(folder, dtype=setup.dtype, device=setup.teacher_device)
-                      for folder in self.folders.values()]
+            models = [load_model(folder, dtype=setup.dtype, device=setup.teacher_device) if isinstance(folder, Path)
+                      else None for folder in self.folders.values()]
         elif cfg.self_teacher == "ema":
             models = [average := load_model(setup.folder, compute_dtype=setup.dtype, device=setup.device)]
         elif cfg.self_teacher == "initial" and not cfg.lora_rank:   # full fine-tuning: the initial policy needs a copy
@@ -247,14 +259,15 @@ class Teachers(TeacherKind):
         else:
             models = [student]
         for model, tokenizer in zip(models, self.tokenizers):
-            if model is not student:
+            if model not in (student, None):
                 model.requires_grad_(False)
                 model.title, model.vocab_size = "the teacher", tokenizer.vocab_size
-        self.models, self.average = models, average
+        self.models, self.average = [model for model in models if model], average
+        self.readers = [Teacher(model, cfg) if model else self.own[number] for number, model in enumerate(models)]
         return Panel(self, student)
 
     def writer(self, run: Run, number: int, shown: bool) -> Writer:
-        bridge, model = self.bridges[number], self.models[number]
+        bridge, model = self.bridges[number], self.readers[number].model
         if bridge:
             return Writer(model, bridge.teacher, lambda i: self.prompt(run.train[i]), bridge.translate)
         prompt = (lambda i: self.prompt(run.train[i])) if shown else run.prompts.__getitem__
@@ -262,16 +275,16 @@ class Teachers(TeacherKind):
 
     def compares(self, problems: list[Problem]) -> bool:
         """Whether held-out problems can be scored: not when the teacher is to be shown what they do not have."""
-        return self.cfg.privileged != "sibling" and (
+        return self.cfg.privileged != "sibling" and not addresses(self.cfg) and (
             self.cfg.privileged == "none" or all(problem.solution for problem in problems))
 
     def held_out(self, run: Run) -> list[tuple[str, Transformer, Tokenizer, list[Problem]]]:
         if self.cfg.teacher == "self":
             return []
         found = []
-        for number, (tag, model, tokenizer) in enumerate(zip(self.tags, self.models, self.tokenizers)):
+        for tag, reader, tokenizer in zip(self.tags, self.readers, self.tokenizers):
             ours = [p for p in run.held_out if not tag or p.fields.get(self.cfg.route) == tag]
-            if ours:
+            if ours and (model := getattr(reader, "model", None)):
                 tokenizer.variables = template_variables(self.cfg.teacher_template_vars or self.cfg.template_vars)
                 found.append((f"teacher {tag}".strip(), model, tokenizer, ours))
         return found
@@ -292,15 +305,15 @@ class Panel:
             seen = replace(batch, rollout=with_prompts(batch.rollout, self.prompts(batch)))
         teacher_B = torch.tensor([kind.which(problem) for problem in batch.problems], device=device)
         self.crossing = Crossing.of(self, batch) if any(kind.bridges) else None
-        is_student = kind.models[0] is self.student
+        is_student = self.student in kind.models
         parts, adapters_off = [], is_student and cfg.teacher == "self" and cfg.self_teacher == "initial"
         with lora_off(self.student) if adapters_off else nullcontext():
-            for number, model in enumerate(kind.models):
+            for number, reader in enumerate(kind.readers):
                 sequence_b = (teacher_B == number).nonzero().squeeze(1)
                 if len(sequence_b) and kind.bridges[number]:
-                    parts.append(self.crossing.read(number, model, sequence_b, seen.rollout))
+                    parts.append(self.crossing.read(number, reader.model, sequence_b, seen.rollout))
                 elif len(sequence_b):
-                    parts.append(self.in_its_words(Teacher(model, self.sizes).read(seen, sequence_b)))
+                    parts.append(self.in_its_words(reader.read(seen, sequence_b)))
         if is_student and cfg.updates > 1:
             # the head is the student's own parameter: without a copy, the first update would change the teacher
             for part in parts:

@@ -31,11 +31,13 @@ STEP = "step-[0-9]{6,}"
 CHECKPOINT = dict.fromkeys([*map(re.escape, TEXT_FILES), r"config\.json", r"model\.safetensors",
                             r"trainer\.safetensors", r"trainer\.json",
                             r"\.tmp\w{6}"], FILE)      # a file that safetensors is writing
+CACHE = dict.fromkeys([r"\.lock", r"meta\.json", r"(head|responses|shard-\d{6})\.safetensors"], FILE)
 KNOWN = {       # pattern of a name -> a file, a link, or the names in that folder
     r"\.lock": FILE, r"config\.json": FILE, r"started\.json": FILE, r"metrics\.jsonl": FILE, r"summary\.json": FILE,
     r"report\.html": FILE, "tokens": {STEP + r"\.json": FILE},
     r"teacher_responses\.json": FILE, "last": LINK, "best": LINK, STEP: CHECKPOINT,
     "samples": {STEP + r"\.jsonl": FILE},
+    "teacher_cache": {**CACHE, r"[\w+-][\w.+-]*": CACHE},       # of several teachers, a folder for each
     "tensorboard": {r"events\.out\.tfevents\..+": FILE},
 }
 STARTING = {".lock", "config.json" + UNFINISHED}        # all there is before config.json

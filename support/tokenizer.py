@@ -175,6 +175,11 @@ class Tokenizer:
         """The tokenizers library's object, to look at; nobody changes it."""
         return self._backend
 
+    @property
+    def template(self) -> str | None:
+        """The source of the chat template; None without one."""
+        return self._template and self._template.source
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text as it stands: nothing is added, the text of a special token becomes that token."""
         return self._ids(text, add_special_tokens=False)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [path for folder in ("extras", "experiments", "bench", "docs", "toy", "tests/attack", "tests")
            for path in sorted((ROOT / folder).glob("*.py"))]
-OF_OTHERS = {"--standalone", "--nproc_per_node", "--help"}     # torchrun's, and everybody's
+OF_OTHERS = {"--standalone", "--nproc_per_node", "--help", "--max-logprobs"}   # torchrun's, everybody's, vLLM's
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r"
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

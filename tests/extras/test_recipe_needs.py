@@ -12,7 +12,7 @@ from support.flags import parse
 RECIPE_NEEDS = {
     "gkd": "teacher", "sft": "", "multi": "teacher", "opsd": "teacher", "sdft": "teacher",
     "sdpo": "teacher reward group", "sg": "teacher reward group reference", "exopd": "teacher reference",
-    "rlsd": "teacher reward group", "xtok": "teacher"}
+    "rlsd": "teacher reward group", "xtok": "teacher", "lightning": "teacher"}
 
 
 def all_needs(flags):
