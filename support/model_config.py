@@ -30,7 +30,7 @@ class Key(NamedTuple):
             low, high = (f"{n:,}" if type(n) is int else f"{n:g}" for n in (self.lowest, self.highest))
             words = f"{'whole numbers' if self.kind is int else 'numbers'} from {low} to {high}"
         else:
-            words = "true and false" if self.kind is bool else "an object"
+            words = {bool: "true and false", list: "a list"}.get(self.kind, "an object")
         return words + " and null" * self.null
 
     def takes(self, value) -> bool:
