@@ -179,7 +179,7 @@ def rope_settings(read: Reader) -> dict:
     rope["rope_type"] = named[0] if named else "default"
     if "rope_theta" not in rope:
         rope["rope_theta"] = read("rope_theta")
-    inner = Reader(rope, where)
+    inner = Reader(rope, where, read.family)
     needs = ROPE_KEYS[inner("rope_type")]
     if missing := [key for key in needs if key not in rope]:
         raise UserError(f"{where}: rope type {rope['rope_type']!r} needs {', '.join(missing)}")

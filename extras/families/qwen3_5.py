@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from extras.families.gemma3 import ShiftedNorm
+from extras.families.text_part import TextPart, text_config
 from model import MLP, MODELS, Attention, Causal, KVCache, Linear, RMSNorm, Transformer, rope_frequencies, rotate
 from support.errors import UserError, shown
 from support.model_config import FAMILIES, Family, Key, ModelConfig, Reader, rope_settings
@@ -65,22 +67,18 @@ def settings(read: Reader) -> dict:
     if len(kinds) != layers or not all(kind in KINDS for kind in kinds) or KINDS[1] not in kinds:
         raise UserError(f"{where}: layer_types {shown(kinds, 90)} is not supported, only num_hidden_layers = {layers} "
                         f"times {' or '.join(map(repr, KINDS))}, the latter at least once")
-    raw = {**read.raw, "architectures": ["Qwen3_5ForCausalLM"]}
-    return dict(qk_norm=True, own={**own, "layer_types": kinds}, raw=raw)
+    return dict(qk_norm=True, own={**own, "layer_types": kinds}, raw=text_config(read, "Qwen3_5ForCausalLM"))
 
 
 def rope(read: Reader) -> dict:
     """rope_settings, and how many channels of a head are turned. Axes of images (mrope) are one and the same in text."""
-    name = "rope_parameters" if read("rope_parameters") else "rope_scaling"
-    inside = dict(read(name) or {})
-    factor = {"partial_rotary_factor": inside.pop("partial_rotary_factor", read("partial_rotary_factor"))}
-    factor = Reader(factor, f"{read.where}, {name}", read.family)("partial_rotary_factor")
-    turned = int(read("head_dim") * factor)
-    if turned < 2 or turned % 2:
-        raise UserError(f"{read.where}: partial_rotary_factor {factor:g} of head_dim {read('head_dim')} is {turned} "
+    found, width = rope_settings(read), read("head_dim")
+    factor = found.setdefault("partial_rotary_factor", read("partial_rotary_factor"))
+    found["turned"] = int(width * factor)
+    if found["turned"] < 2 or found["turned"] % 2:
+        raise UserError(f"{read.where}: partial_rotary_factor {factor:g} of head_dim {width} is {found['turned']} "
                         f"channels; rope turns them in pairs")
-    found = rope_settings(Reader({**read.raw, name: inside}, read.where, read.family))
-    return {**found, "partial_rotary_factor": factor, "turned": turned}
+    return found
 
 
 # The delta rule
@@ -159,26 +157,13 @@ class DeltaCache(KVCache):
 
 # Layers
 
-class OneNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(exact), self.weight.shape, 1 + self.weight.to(exact), self.eps).to(x.dtype)
-
-
 class GatedAttention(Attention):
     """number: its place among the attention layers, and so in the cache."""
 
     def __init__(self, c: ModelConfig, number: int):
         super().__init__(c, number)
         self.q_proj = Linear(c.hidden_size, 2 * c.num_attention_heads * c.head_dim, c.qkv_bias)
-        self.q_norm, self.k_norm = (OneNorm(c.head_dim, c.rms_norm_eps) for _ in "qk")
+        self.q_norm, self.k_norm = (ShiftedNorm(c.head_dim, c.rms_norm_eps) for _ in "qk")
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], keys: Causal, seen) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -261,7 +246,7 @@ class Qwen35Layer(nn.Module):
         else:
             self.self_attn = GatedAttention(c, number)
         self.mlp = MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = (OneNorm(c.hidden_size, c.rms_norm_eps) for _ in "ip")
+        self.input_layernorm, self.post_attention_layernorm = (ShiftedNorm(c.hidden_size, c.rms_norm_eps) for _ in "ip")
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Causal, seen) -> Tensor:
         normed = self.input_layernorm(x)
@@ -272,25 +257,20 @@ class Qwen35Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Qwen35(Transformer):
+class Qwen35(TextPart, Transformer):
     layer_type, cache_type = Qwen35Layer, DeltaCache
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__(config, compute_dtype)
-        self.model.norm = OneNorm(config.hidden_size, config.rms_norm_eps)
+        self.model.norm = ShiftedNorm(config.hidden_size, config.rms_norm_eps)
         self.rope_frequencies = rope_frequencies(replace(config, head_dim=config.rope["turned"]))
-
-    def from_disk(self, name: str) -> str | None:
-        if name.startswith(("model.visual.", "mtp.")):
-            return None
-        return super().from_disk(name.replace("model.language_model.", "model.", 1))
 
     @torch.no_grad()
     def init_weights(self, seed: int):
         """The norms scale by 1; decays spread as in Mamba 2: exp(A_log) from 1/64 to 16, dt_bias 1."""
         super().init_weights(seed)
         for module in self.modules():
-            if isinstance(module, OneNorm):
+            if isinstance(module, ShiftedNorm):
                 module.weight.zero_()
             if isinstance(module, DeltaNet):
                 module.out_proj.weight /= math.sqrt(2 * self.config.num_hidden_layers)

@@ -47,6 +47,7 @@ class Packing:
     longest_k: int
     used_k: Tensor | None = None    # int32 (S,): how many keys of each sequence are real; None = all
     at_S: Tensor | None = None      # int64 (S,): where the cache, its slots end to end, takes the new keys
+    window: int = -1            # how many keys before its own a query sees; -1 = all
 
 
 def flash(q_NQH: Tensor, k_MRH: Tensor, v_MRH: Tensor, at: Packing) -> Tensor:
@@ -55,9 +56,10 @@ def flash(q_NQH: Tensor, k_MRH: Tensor, v_MRH: Tensor, at: Packing) -> Tensor:
     The public function where it can tell how many keys are real (torch 2.13), else the operator beneath it."""
     sequences = q_NQH, k_MRH, v_MRH, at.first_q, at.first_k, at.longest_q, at.longest_k
     if available(KERNELS[0]):
-        window = (-1, 0) if at.used_k is None else (-1, -1)
+        window = at.window, 0 if at.used_k is None else -1
         return find(KERNELS[0])(*sequences, window_size=window, enable_gqa=True, seqused_k=at.used_k)
-    return find(KERNELS[1])(*sequences, 0.0, at.used_k is None, False, seqused_k=at.used_k)[0]
+    return find(KERNELS[1])(*sequences, 0.0, at.used_k is None, False, window_size_left=at.window,
+                            seqused_k=at.used_k)[0]
 
 
 def packed_attention(q_BTQH: Tensor, k_BSRH: Tensor, v_BSRH: Tensor, at: Packing) -> Tensor:

@@ -24,8 +24,8 @@ MOST_WEIGHTS = 10_000_000
 
 def on_model(model: Transformer) -> None:
     small = sum(parameter.numel() for parameter in model.parameters()) <= MOST_WEIGHTS
-    plain = model.cache_type is KVCache and model.device.type == "cpu" and model.compute_dtype == torch.float32
-    if plain and small:
+    plain = type(model).forward is Transformer.forward and model.cache_type is KVCache
+    if plain and small and model.device.type == "cpu" and model.compute_dtype == torch.float32:
         put("packed_step", model, "cache_type", packed_cache)
         model.forward = MethodType(forward, model)      # the plain one, without such a cache
 

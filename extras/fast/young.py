@@ -21,7 +21,8 @@ YOUNG = {
     "torch.nn.attention.varlen.varlen_attn": Young(
         "extras/fast/flash.py", "window_size enable_gqa seqused_k", "torch.ops.aten._flash_attention_forward"),
     "torch.ops.aten._flash_attention_forward": Young(
-        "extras/fast/flash.py", "seqused_k", "model.masked_attention and padded micro-batches"),
+        "extras/fast/flash.py", "window_size_left seqused_k", "model.masked_attention and padded micro-batches"),
+    "torch.nn.functional.grouped_mm": Young("extras/families/qwen3_moe.py", "offs", "one product per expert"),
     "torch.cuda.CUDAGraph.capture_begin": Young(
         "extras/fast/graphs.py", "capture_error_mode", "rollout.Slots.decode, launched kernel by kernel"),
     "torch.ops.mkldnn._reorder_linear_weight": Young("extras/fast/cpu.py", "", "rollout.head_product"),
