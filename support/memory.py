@@ -111,6 +111,12 @@ def head_widths(c: ModelConfig) -> tuple[int, int]:
     return c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
 
+def matrices(c: ModelConfig) -> list[tuple[int, int]]:
+    """(rows, columns) of every projection of the layers."""
+    (q, kv), wide, inner = head_widths(c), c.hidden_size, c.intermediate_size
+    return c.num_hidden_layers * [(q, wide), *2 * [(kv, wide)], (wide, q), *2 * [(inner, wide)], (wide, inner)]
+
+
 def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool, rank: int = 0) -> int:
     """Bytes that the forward pass of `tokens` tokens leaves for the backward pass. item: bytes of a product's dtype;
     rank: of the adapters.
@@ -138,10 +144,9 @@ def cast_weights(cfg, job: Job) -> int:
                    or {"all", "borrowed_copy"} & set(flag(cfg, "plain").split(",")))
     if item == 4 or borrows:
         return 0
-    q, kv = head_widths(c)
-    layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
-    layers = 1 if flag(cfg, "gradient_checkpointing") else c.num_hidden_layers
-    return item * (layers * layer + c.hidden_size * job.vocab_size)
+    layers = sum(rows * columns for rows, columns in matrices(c))
+    at_once = layers // c.num_hidden_layers if flag(cfg, "gradient_checkpointing") else layers
+    return item * (at_once + c.hidden_size * job.vocab_size)
 
 
 def forward_pass(c: ModelConfig, tokens: int, item: int) -> int:
@@ -156,9 +161,8 @@ def cast(cfg, c: ModelConfig, item: int) -> int:
 
 
 def adapter_weights(c: ModelConfig, rank: int) -> int:
-    """Numbers in the adapters of a model: rank rows for what goes into each of 7 matrices, and for what comes out."""
-    q, kv = head_widths(c)
-    return rank * c.num_hidden_layers * (4 * c.hidden_size + 2 * q + 2 * kv + 3 * (c.hidden_size + c.intermediate_size))
+    """Numbers in the adapters of a model: rank rows for what goes into each matrix, and for what comes out."""
+    return rank * sum(rows + columns for rows, columns in matrices(c))
 
 
 def scorers(cfg, job: Job) -> list[Sized]:
@@ -179,10 +183,7 @@ def teacher_bytes(cfg, job: Job, teacher: Sized) -> TeacherBytes:
     end, embedding = table + c.hidden_size * item, 0 if c.tie_word_embeddings else table    # end: norm and head
     layers = teacher.weights * item - end - embedding
     if flag(cfg, "teacher_int8"):
-        q, kv = head_widths(c)
-        rows = q + 2 * kv + 2 * c.hidden_size + 2 * c.intermediate_size
-        matrices = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
-        layers += c.num_hidden_layers * (rows * item - matrices * (item - 1))
+        layers += sum(rows * item - rows * columns * (item - 1) for rows, columns in matrices(c))
     if flag(cfg, "teacher_memory") == "park":
         return TeacherBytes(end, embedding + layers, embedding + layers)
     if flag(cfg, "teacher_memory") == "stream":
