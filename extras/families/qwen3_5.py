@@ -92,6 +92,7 @@ def delta_step(q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g_BH: Tensor, beta_B
     return torch.einsum("bhkv,bhk->bhv", S_BHKV, q_BHK), S_BHKV
 
 
+@torch.compiler.disable       # traced, its loop would be unrolled for every number of chunks
 def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTH: Tensor, beta_BTH: Tensor, S_BHKV: Tensor
                ) -> tuple[Tensor, Tensor]:
     """(o_BTHV, S_BHKV after the last token), chunk by chunk. A token with g = beta = 0 leaves S as it is.
