@@ -144,9 +144,8 @@ def cast_weights(cfg, job: Job) -> int:
                    or {"all", "borrowed_copy"} & set(flag(cfg, "plain").split(",")))
     if item == 4 or borrows:
         return 0
-    layers = sum(rows * columns for rows, columns in matrices(c))
-    at_once = layers // c.num_hidden_layers if flag(cfg, "gradient_checkpointing") else layers
-    return item * (at_once + c.hidden_size * job.vocab_size)
+    parts = c.num_hidden_layers if flag(cfg, "gradient_checkpointing") else 1
+    return item * (sum(rows * columns for rows, columns in matrices(c)) // parts + c.hidden_size * job.vocab_size)
 
 
 def forward_pass(c: ModelConfig, tokens: int, item: int) -> int:
