@@ -14,8 +14,9 @@ whole sequences side by side, a KVCache for sequences that go on. Parameter name
 (support/weights.py) is a strict copy. Weights may be stored in float32 while products run in `compute_dtype`: each
 projection casts its weight to the dtype of its input, so gradients arrive and add up in the stored dtype.
 
-Not here: text, sampling, losses; sliding windows (`context` ends at the window instead), quantised checkpoints, rope
-types other than default, linear and llama3. Faster ways of attention and decoding are in extras/.
+Not here: text, sampling, losses; quantised checkpoints, rope types other than default, linear and llama3. Further
+families, sliding windows (without extras/ `context` ends at the window) and faster ways of attention and decoding are
+in extras/.
 """
 import math
 

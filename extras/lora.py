@@ -1,4 +1,4 @@
-"""LoRA (Hu 2021, arXiv:2106.09685): adapters on the projections of every layer are trained, not the weights.
+"""LoRA (Hu 2021, arXiv:2106.09685): adapters on every projection of every layer are trained, not the weights.
 
 y = x W^T + alpha / rank * (x A^T) B^T. The student's projections become Adapted; sampling copies and checkpoints hold
 the merged weights, so whatever reads them needs to know nothing.
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from model import Linear, Transformer
 from support.flags import opt
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-               "in_proj_qkv", "in_proj_z", "out_proj")      # the last three in layers of Qwen3.5
-
 
 @dataclass(frozen=True)
 class Flags:
-    lora_rank: int = opt(0, "train adapters of this rank on the projections instead of all weights; 0 = off", high=10_000)
+    lora_rank: int = opt(0, "train adapters of this rank on all projections of the layers instead of all weights; 0 = off",
+                         high=10_000)
     lora_alpha: float = opt(32.0, "the adapter's output is scaled by lora_alpha / lora_rank")
 
 
@@ -85,4 +83,4 @@ def lora_off(model: Transformer):
 
 
 def projections(model: Transformer) -> list[Linear]:
-    return [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in PROJECTIONS]
+    return [module for module in model.model.layers.modules() if isinstance(module, Linear)]

@@ -14,7 +14,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rollout as rollout_file
@@ -196,7 +195,7 @@ def stream(model: Transformer, device: torch.device, lock: bool = True) -> None:
     send_head(model, device)
     side, table, read = side_stream(device), model.model.embed_tokens.weight, model.read
     guests = [Guests(list(layer.parameters()), device, side, lock) for layer in model.model.layers]
-    model.embed = lambda tokens_BT: F.embedding(tokens_BT.to(table.device), table).to(device)
+    model.embed = lambda tokens_BT: type(model).embed(model, tokens_BT.to(table.device)).to(device)
 
     def streamed_read(*asked):
         passes: list[Pass] = []

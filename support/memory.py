@@ -4,6 +4,7 @@ support/plan.py puts it into words, and support/setup.py asks for it before the 
 config.json files, sizes of tokenizer files and the flags; nothing here allocates, and the device need not be there.
 """
 import ctypes
+import functools
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from losses import rows_at_once
-from model import MODELS, ModelConfig
+from model import MODELS, Linear, ModelConfig
 
 # float32 tensors over the vocabulary that are alive at once while a few rows run their loss
 CHUNK_TENSORS = {"cross_entropy": 4, "skewed_forward_kl": 10, "uld": 11, "skewed_reverse_kl": 13, "jsd": 14, "gold": 14}
@@ -58,6 +59,23 @@ def per_process(plan: dict[str, int]) -> dict[str, int]:
 
 
 # What a run is made of
+
+class Matrices(NamedTuple):
+    """Of all layers of a model."""
+    numbers: int            # in all matrices
+    linear: list[int]       # numbers in each Linear
+    rows: list[int]         # of each Linear: what comes out
+    columns: list[int]      # what goes in
+
+
+@functools.cache
+def matrices(config: ModelConfig) -> Matrices:
+    with torch.device("meta"):
+        layers = MODELS[config.model_type](config).model.layers
+    shapes = [module.weight.shape for module in layers.modules() if isinstance(module, Linear)]
+    return Matrices(sum(p.numel() for p in layers.parameters() if p.dim() > 1), [shape.numel() for shape in shapes],
+                    [shape[0] for shape in shapes], [shape[1] for shape in shapes])
+
 
 class Sized(NamedTuple):
     config: ModelConfig
@@ -111,23 +129,19 @@ def head_widths(c: ModelConfig) -> tuple[int, int]:
     return c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
 
-def matrices(c: ModelConfig) -> list[tuple[int, int]]:
-    """(rows, columns) of every projection of the layers."""
-    (q, kv), wide, inner = head_widths(c), c.hidden_size, c.intermediate_size
-    return c.num_hidden_layers * [(q, wide), *2 * [(kv, wide)], (wide, q), *2 * [(inner, wide)], (wide, inner)]
-
-
 def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool, rank: int = 0) -> int:
     """Bytes that the forward pass of `tokens` tokens leaves for the backward pass. item: bytes of a product's dtype;
     rank: of the adapters.
 
     Per norm its input and, unless its weight is frozen, the normed value, both in float32, and its output; per
     projection its input; the turned q, k and v; attention's output twice, before and after its heads are put side by
-    side; four tensors of the MLP."""
+    side; four tensors of the MLP. A family whose layers keep other numbers of columns says so in own["normed"] and
+    own["mlp_kept"]."""
     q, kv = head_widths(c)
-    normed = 2 * c.hidden_size + (q + kv) * c.qk_norm
+    normed = c.own.get("normed", 2 * c.hidden_size + (q + kv) * c.qk_norm)
+    mlp = c.own.get("mlp_kept", 4 * c.intermediate_size)
     norms = normed * (4 if rank else 8) + 2 * c.hidden_size * item
-    per_layer = tokens * (norms + item * (3 * q + 2 * kv + 4 * c.intermediate_size + 7 * rank))
+    per_layer = tokens * (norms + item * (3 * q + 2 * kv + mlp + 7 * rank))
     # of the layer at work; an adapter has its own beside that of the weight
     gradients = tokens * item * ((4 if rank else 2) * c.intermediate_size + c.hidden_size)
     if checkpointing:
@@ -144,8 +158,8 @@ def cast_weights(cfg, job: Job) -> int:
                    or {"all", "borrowed_copy"} & set(flag(cfg, "plain").split(",")))
     if item == 4 or borrows:
         return 0
-    parts = c.num_hidden_layers if flag(cfg, "gradient_checkpointing") else 1
-    return item * (sum(rows * columns for rows, columns in matrices(c)) // parts + c.hidden_size * job.vocab_size)
+    layers = c.num_hidden_layers if flag(cfg, "gradient_checkpointing") else 1
+    return item * (matrices(c).numbers // layers + c.hidden_size * job.vocab_size)
 
 
 def forward_pass(c: ModelConfig, tokens: int, item: int) -> int:
@@ -156,12 +170,12 @@ def forward_pass(c: ModelConfig, tokens: int, item: int) -> int:
 
 def cast(cfg, c: ModelConfig, item: int) -> int:
     """Bytes of the largest int8 matrix of a teacher, cast for its product."""
-    return c.hidden_size * max(c.intermediate_size, head_widths(c)[0]) * item * flag(cfg, "teacher_int8")
+    return max(matrices(c).linear) * item if flag(cfg, "teacher_int8") else 0
 
 
 def adapter_weights(c: ModelConfig, rank: int) -> int:
-    """Numbers in the adapters of a model: rank rows for what goes into each matrix, and for what comes out."""
-    return rank * sum(rows + columns for rows, columns in matrices(c))
+    """Numbers in the adapters of a model: rank rows for what goes into each Linear, and for what comes out."""
+    return rank * sum(matrices(c).rows + matrices(c).columns) if rank else 0
 
 
 def scorers(cfg, job: Job) -> list[Sized]:
@@ -182,7 +196,7 @@ def teacher_bytes(cfg, job: Job, teacher: Sized) -> TeacherBytes:
     end, embedding = table + c.hidden_size * item, 0 if c.tie_word_embeddings else table    # end: norm and head
     layers = teacher.weights * item - end - embedding
     if flag(cfg, "teacher_int8"):
-        layers += sum(rows * item - rows * columns * (item - 1) for rows, columns in matrices(c))
+        layers += sum(matrices(c).rows) * item - sum(matrices(c).linear) * (item - 1)
     if flag(cfg, "teacher_memory") == "park":
         return TeacherBytes(end, embedding + layers, embedding + layers)
     if flag(cfg, "teacher_memory") == "stream":

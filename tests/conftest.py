@@ -22,7 +22,7 @@ pytest.register_assert_rewrite("loss_reference", "signal_lists", "crossing_refer
 import losses  # noqa: E402
 import model as model_file  # noqa: E402
 import rollout  # noqa: E402
-from model import Transformer  # noqa: E402
+from model import MODELS  # noqa: E402
 from model_cases import peer  # noqa: E402, F401 (a fixture)
 from support.extras import load_extras  # noqa: E402
 from support.model_config import ModelConfig  # noqa: E402
@@ -42,7 +42,7 @@ TINY = dict(problems=2, samples=2, max_new_tokens=6, steps=2, eval_k=1, eval_lim
 
 def write_checkpoint(folder, seed, **config):
     raw = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, **config)
-    model, rng = Transformer(ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
+    model, rng = MODELS[raw["model_type"]](ModelConfig.from_dict(raw)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0 if "norm" in name else 0.0, 0.25, generator=rng)
@@ -103,8 +103,11 @@ def reference_flash(q_NQH, k_MRH, v_MRH, at):
         q_QnH = q_NQH[begin:end].transpose(0, 1)
         k_QmH, v_QmH = (x[first:first + used].transpose(0, 1).repeat_interleave(group, 0) for x in (k_MRH, v_MRH))
         scores = q_QnH @ k_QmH.mT / q_QnH.shape[2] ** 0.5
+        back = torch.arange(used - (end - begin), used)[:, None] - torch.arange(used)   # the last query sees the last key
         if at.used_k is None:
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+            scores = scores.masked_fill(back < 0, -torch.inf)
+        if at.window >= 0:
+            scores = scores.masked_fill(back > at.window, -torch.inf)
         out[begin:end] = (scores.softmax(-1) @ v_QmH).transpose(0, 1)
     return out
 

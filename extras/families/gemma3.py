@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.families.sliding import FULL, KEYS, TwoRopes, ropes, settings
+from extras.families.sliding import FULL, KEYS, TwoRopes, ropes, settings, within
 from extras.families.text_part import TextPart, text_config
 from model import MLP, MODELS, Attention, Causal, RMSNorm
 from support.errors import UserError
@@ -33,7 +33,7 @@ class GeluMLP(MLP):
 class Gemma3Layer(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
-        self.kind = c.own["kinds"][layer]
+        self.kind, self.window = c.own["kinds"][layer], c.own["windows"][layer]
         self.self_attn, self.mlp = Attention(c, layer), GeluMLP(c)
         # attention divides by sqrt(head_dim), Gemma by sqrt(query_pre_attn_scalar); rope keeps the factor
         scale = (c.head_dim / c.own["query_pre_attn_scalar"]) ** 0.5
@@ -43,7 +43,7 @@ class Gemma3Layer(nn.Module):
             self.post_feedforward_layernorm = (ShiftedNorm(c.hidden_size, c.rms_norm_eps) for _ in range(4))
 
     def forward(self, x: Tensor, rope: dict, keys: Causal, seen) -> Tensor:
-        heads = self.self_attn(self.input_layernorm(x), rope[self.kind], keys, seen)
+        heads = self.self_attn(self.input_layernorm(x), rope[self.kind], within(keys, self.window), seen)
         x = x + self.post_attention_layernorm(heads)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
@@ -79,6 +79,8 @@ def gemma3(read: Reader) -> dict:
     every = read("sliding_window_pattern")
     found = settings(read, lambda layer: (layer + 1) % every, ropes=ropes(read, "rope_local_base_freq"),
                      query_pre_attn_scalar=read("query_pre_attn_scalar"))
+    heads = read("num_attention_heads") + read("num_key_value_heads")
+    found["own"]["normed"] = 4 * read("hidden_size") + heads * read("head_dim")     # columns, for the memory plan
     return {**found, "qk_norm": True, "raw": text_config(read, "Gemma3ForCausalLM")}
 
 

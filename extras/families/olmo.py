@@ -6,9 +6,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from extras.families.sliding import FULL, KEYS, TwoRopes, ropes, settings
+from extras.families.sliding import FULL, KEYS, TwoRopes, ropes, settings, within
 from model import MLP, MODELS, Attention, Causal, RMSNorm, Transformer, rotate
-from support.model_config import FAMILIES, ROPE_KEYS, Family, Key, ModelConfig, Reader
+from support.model_config import FAMILIES, ROPE_KEYS, Family, Key, ModelConfig, Reader, head_width
 
 
 class OlmoAttention(Attention):
@@ -38,10 +38,10 @@ class Olmo2Layer(nn.Module):
 class Olmo3Layer(Olmo2Layer):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__(c, layer)
-        self.kind = c.own["kinds"][layer]
+        self.kind, self.window = c.own["kinds"][layer], c.own["windows"][layer]
 
     def forward(self, x: Tensor, rope: dict, keys: Causal, seen) -> Tensor:
-        return super().forward(x, rope[self.kind], keys, seen)
+        return super().forward(x, rope[self.kind], within(keys, self.window), seen)
 
 
 class Olmo2(Transformer):
@@ -80,13 +80,19 @@ def yarn_sharpness(rope: dict) -> float:
     return rope.get("attention_factor") or 0.1 * math.log(max(rope["factor"], 1)) + 1
 
 
+def olmo2(read: Reader) -> dict:
+    q = read("num_attention_heads")
+    heads = q + (read("num_key_value_heads") or q)
+    return {"own": {"normed": 2 * read("hidden_size") + heads * head_width(read)}}      # columns, for the memory plan
+
+
 def olmo3(read: Reader) -> dict:
-    return settings(read, lambda layer: (layer + 1) % 4, ropes=ropes(read, "rope_theta"))
+    return settings(read, lambda layer: (layer + 1) % 4, ropes=ropes(read, "rope_theta"), **olmo2(read)["own"])
 
 
 SHARED = {"attention_bias": Key(bool, False), "rms_norm_eps": Key(float, 1e-5, 0, 1)}
 ROPE_KEYS["yarn"] = ("factor", "original_max_position_embeddings")
-FAMILIES["olmo2"], MODELS["olmo2"] = Family(keys=SHARED), Olmo2
+FAMILIES["olmo2"], MODELS["olmo2"] = Family(keys=SHARED, settings=olmo2), Olmo2
 FAMILIES["olmo3"], MODELS["olmo3"] = Family(settings=olmo3, rope=lambda read: ropes(read, "rope_theta")[FULL], keys={
     **SHARED, "layer_types": KEYS["layer_types"], "rope_theta": Key(float, 5e5, 1, 1e15),
     "rope_type": Key(str, choices=("default", "linear", "llama3", "yarn"))}), Olmo3

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.families.sliding import Sliding, settings
-from model import MODELS, Causal, Layer, Linear, rope_frequencies, rotate
+from extras.families.sliding import SlidingLayer, settings
+from model import MODELS, Causal, Linear, Transformer, rope_frequencies, rotate
 from support.errors import UserError
 from support.model_config import FAMILIES, Family, Key, ModelConfig, Reader
 
@@ -38,13 +38,13 @@ class Phi3MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-class Phi3Layer(Layer):
+class Phi3Layer(SlidingLayer):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__(c, layer)
         self.self_attn, self.mlp = Phi3Attention(c, layer), Phi3MLP(c)
 
 
-class Phi3(Sliding):
+class Phi3(Transformer):
     layer_type = Phi3Layer
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):

@@ -23,15 +23,6 @@ def counts(c: ModelConfig) -> tuple[int, int]:
     return tuple(c.own["layer_types"].count(kind) for kind in KINDS)
 
 
-def matrices(c: ModelConfig) -> list[tuple[int, int]]:
-    (q, kv), (K, V, H, channels), wide, inner = head_widths(c), shape(c), c.hidden_size, c.intermediate_size
-    delta = [(channels, wide), (H * V, wide), (wide, H * V)]
-    attention = [(2 * q, wide), (kv, wide), (kv, wide), (wide, q)]
-    mlp = [(inner, wide), (inner, wide), (wide, inner)]
-    deltas, attentions = counts(c)
-    return deltas * (delta + mlp) + attentions * (attention + mlp)
-
-
 def cache(c: ModelConfig, slots: int, length: int, item: int) -> int:
     (K, V, H, channels), (deltas, attentions) = shape(c), counts(c)
     state = EXACT * H * K * V + item * channels * (c.own["linear_conv_kernel_dim"] - 1)
@@ -72,5 +63,5 @@ def also(plain, own):
     return lambda c, *sizes: (own if c.model_type == "qwen3_5_text" else plain)(c, *sizes)
 
 
-for own in (matrices, cache, kept_activations, forward_pass):
+for own in (cache, kept_activations, forward_pass):
     setattr(memory, own.__name__, also(getattr(memory, own.__name__), own))

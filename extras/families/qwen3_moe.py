@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.families.sliding import KEYS, Sliding, upper_layers
+from extras.families.sliding import KEYS, SlidingLayer, upper_layers
 from extras.fast.young import available, find
-from model import MLP, MODELS, Layer
+from model import MODELS, Transformer
 from support.errors import UserError, shown
 from support.model_config import FAMILIES, Family, Key, ModelConfig, Reader
 
@@ -47,11 +47,14 @@ class Router(nn.Module):
         super().__init__()
         self.weight, self.own = nn.Parameter(torch.empty(c.own["num_experts"], c.hidden_size)), c.own
 
+    def shares(self, x_nD: Tensor) -> Tensor:
+        """(n, E): the probability of each expert, float32."""
+        return F.linear(x_nD, self.weight.to(x_nD.dtype)).float().softmax(-1)
+
     def forward(self, x_nD: Tensor) -> tuple[Tensor, Tensor]:
-        """(expert_nk int64, weight_nk in x's dtype). Probabilities in float32; divided by their sum where config.json
-        says so."""
-        share_nE = F.linear(x_nD, self.weight.to(x_nD.dtype)).float().softmax(-1)
-        weight_nk, expert_nk = share_nE.topk(self.own["num_experts_per_tok"])
+        """(expert_nk int64, weight_nk in x's dtype): the likeliest experts, whose probabilities are divided by their
+        sum where config.json says so."""
+        weight_nk, expert_nk = self.shares(x_nD).topk(self.own["num_experts_per_tok"])
         if self.own["norm_topk_prob"]:
             weight_nk = weight_nk / weight_nk.sum(-1, keepdim=True)
         return expert_nk, weight_nk.to(x_nD.dtype)
@@ -68,14 +71,14 @@ class SparseMLP(nn.Module):
         return self.experts(x_nD, *self.gate(x_nD)).view_as(x_BTD)
 
 
-class MoeLayer(Layer):
+class MoeLayer(SlidingLayer):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__(c, layer)
         if layer in c.own["sparse"]:
             self.mlp = SparseMLP(c)
 
 
-class Qwen3Moe(Sliding):
+class Qwen3Moe(Transformer):
     layer_type = MoeLayer
 
     def on_disk(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,6 +106,10 @@ def qwen3_moe(read: Reader) -> dict:
         raise UserError(f"{read.where}: mlp_only_layers {shown(dense, 90)} is not supported, only numbers of layers")
     own["sparse"] = {layer for layer in range(read("num_hidden_layers"))
                      if layer not in dense and (layer + 1) % every == 0}
+    # columns that a token leaves for the backward pass, for the memory plan; the mean over the layers
+    routed = own["num_experts_per_tok"] * (2 * read("hidden_size") + 4 * own["moe_intermediate_size"])
+    share = len(own["sparse"]) / read("num_hidden_layers")
+    own["mlp_kept"] = round(share * routed + (1 - share) * 4 * read("intermediate_size"))
     found = upper_layers(read)
     return {**found, "own": {**found["own"], **own}, "qk_norm": True}
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from extras.fast.flash import Packing
-from model import CAUSAL, MODELS, Causal, KVCache, Transformer, rope_frequencies
+from model import MODELS, Causal, KVCache, Layer, Transformer, rope_frequencies
 from support.errors import UserError, shown
 from support.model_config import FAMILIES, TABLE, Key, ModelConfig, Reader, rope_settings
 
@@ -63,42 +63,37 @@ def ropes(read: Reader, sliding_theta: str) -> dict[str, dict]:
 
 # What the queries see
 
+def within(keys: Causal, window: int | None) -> Causal:
+    """What a layer with this window hands to its attention in place of `keys`."""
+    return keys if window is None else Windowed(keys, window)
+
+
 class Windowed(Causal):
-    """The keys of a pass, cut to the window of each layer: whatever `keys` are, padded, packed, or a cache."""
+    """The keys of a pass, whatever they are, padded, packed or a cache, as a layer with a window sees them."""
 
-    def __init__(self, keys: Causal, windows: list[int | None]):
-        self.keys, self.windows = keys, windows
-
-    def begin(self, tokens_BT: Tensor):
-        """(positions; what `keys` says is seen, and for each window what takes its place)."""
-        at_BT, seen = self.keys.begin(tokens_BT)
-        wanted = {window for window in self.windows if window is not None}
-        return at_BT, (seen, {window: narrowed(seen, at_BT, window) for window in wanted})
+    def __init__(self, keys: Causal, window: int):
+        self.keys, self.window = keys, window
 
     def attend(self, layer: int, q_BTQH: Tensor, k_BTRH: Tensor, v_BTRH: Tensor, seen) -> Tensor:
-        whole, narrow = seen
-        seen = whole if self.windows[layer] is None else narrow[self.windows[layer]]
-        if not isinstance(seen, Tensor):
-            return self.keys.attend(layer, q_BTQH, k_BTRH, v_BTRH, seen)
-        if isinstance(self.keys, KVCache):      # the prefill of empty slots
-            (B, T), cache = k_BTRH.shape[:2], self.keys
+        if isinstance(seen, Packing):
+            seen = replace(seen, window=self.window - 1)
+        elif seen is not None:      # a cache that goes on: its mask, and where the new keys go
+            mask_B1TS, place = seen
+            place_S = torch.arange(mask_B1TS.shape[-1], device=mask_B1TS.device)
+            too_old = place_S <= place[2][:, None, :, None] - self.window
+            seen = mask_B1TS.masked_fill(too_old, -torch.inf), place
+        elif k_BTRH.shape[1] > self.window:
+            return self.attend_whole(layer, q_BTQH, k_BTRH, v_BTRH)
+        return self.keys.attend(layer, q_BTQH, k_BTRH, v_BTRH, seen)
+
+    def attend_whole(self, layer: int, q_BTQH: Tensor, k_BTRH: Tensor, v_BTRH: Tensor) -> Tensor:
+        """Sequences from their first token on that are longer than the window; a cache takes their keys."""
+        if isinstance(cache := self.keys, KVCache):
+            B, T = k_BTRH.shape[:2]
             cache.keys[layer][:B, :, :T], cache.values[layer][:B, :, :T] = k_BTRH.transpose(1, 2), v_BTRH.transpose(1, 2)
-        return banded_attention(q_BTQH, k_BTRH, v_BTRH, seen)
-
-
-def narrowed(seen, at_BT: Tensor, window: int):
-    """`seen` of a pass for a layer with this window: of the same type, or, for whole sequences that are longer, a bool
-    mask (T, T)."""
-    if seen is None:
-        T = at_BT.shape[1]
-        place_T = torch.arange(T, device=at_BT.device)
+        place_T = torch.arange(k_BTRH.shape[1], device=k_BTRH.device)
         back_TT = place_T[:, None] - place_T
-        return (back_TT >= 0) & (back_TT < window) if T > window else None
-    if isinstance(seen, Packing):
-        return replace(seen, window=window - 1)
-    mask_B1TS, place = seen
-    too_old = torch.arange(mask_B1TS.shape[-1], device=at_BT.device) <= at_BT[:, None, :, None] - window
-    return mask_B1TS.masked_fill(too_old, -torch.inf), place
+        return banded_attention(q_BTQH, k_BTRH, v_BTRH, (back_TT >= 0) & (back_TT < self.window))
 
 
 def banded_attention(q_BTQH: Tensor, k_BTRH: Tensor, v_BTRH: Tensor, mask_TT: Tensor) -> Tensor:
@@ -110,14 +105,20 @@ def banded_attention(q_BTQH: Tensor, k_BTRH: Tensor, v_BTRH: Tensor, mask_TT: Te
 
 # Models
 
+class SlidingLayer(Layer):
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__(c, layer)
+        self.window = c.own["windows"][layer]
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Causal, seen) -> Tensor:
+        return super().forward(x, rope, within(keys, self.window), seen)
+
+
 class Sliding(Transformer):
-    """A Transformer some of whose layers have a window (config.own["windows"])."""
-
-    def forward(self, tokens_BT: Tensor, keys: Causal = CAUSAL) -> Tensor:
-        return super().forward(tokens_BT, Windowed(keys, self.config.own["windows"]))
+    layer_type = SlidingLayer
 
 
-class TwoRopes(Sliding):
+class TwoRopes(Transformer):
     """Full and sliding layers turn by angles of their own (config.own["ropes"]); rope[kind] is what a layer gets."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):

@@ -1,15 +1,15 @@
 """SmolLM3: a Llama every fourth layer of which has no rope (NoPE, arXiv:2501.18795)."""
 from torch import Tensor
 
-from extras.families.sliding import KEYS, Sliding, settings
-from model import MODELS, Causal, Layer
+from extras.families.sliding import KEYS, SlidingLayer, settings
+from model import MODELS, Causal, Transformer
 from support.errors import UserError, shown
 from support.model_config import FAMILIES, Family, Key, ModelConfig, Reader
 
 STILL = 1.0, 0.0        # cos and sin of no turn
 
 
-class SmolLayer(Layer):
+class SmolLayer(SlidingLayer):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__(c, layer)
         self.turns = c.own["turns"][layer]
@@ -18,7 +18,7 @@ class SmolLayer(Layer):
         return super().forward(x, rope if self.turns else STILL, keys, seen)
 
 
-class SmolLM3(Sliding):
+class SmolLM3(Transformer):
     layer_type = SmolLayer
 
 

@@ -48,15 +48,16 @@ JOBS = {        # name -> flags; what it is here for
                   micro_batch_tokens=12),                                   # untied head, a third model, small batches
     "across": dict(align="always", divergence="gold", stop_ids="17,3", min_coverage=0.0),       # read by its bytes
     "one": dict(problems=1, samples=1, weight="tip"),                       # a process without a row
+    "moe": dict(student="{moe}", micro_batch_tokens=12),                    # a family: experts in one tensor, cut too
     "gkd": dict(recipe="gkd", lmbda=0.0, responses="teacher"),              # the teacher writes
 }
 FOUR = ("fire", "grpo", "lora")     # those that are run with 4 processes too
 
 
 def arguments(folder: Path, world: int, name: str, flags: dict) -> list[str]:
-    paths = {side: str(folder / side) for side in ("student", "teacher")}
-    files = dict(paths, data=folder / "train.jsonl", eval_data=folder / "test.jsonl", runs=folder / f"runs{world}",
-                 name=name, eval_teacher=False)
+    paths = {side: str(folder / side) for side in ("student", "teacher", "moe")}
+    files = dict(student=paths["student"], teacher=paths["teacher"], data=folder / "train.jsonl",
+                 eval_data=folder / "test.jsonl", runs=folder / f"runs{world}", name=name, eval_teacher=False)
     given = {**COMMON, **files, **flags}
     given |= {side: given[side].format(**paths) for side in ("student", "teacher", "reference") if side in given}
     recipe = ["--recipe", given.pop("recipe")] if "recipe" in given else []
@@ -135,6 +136,8 @@ def runs(tmp_path_factory):
     tied = dict(model_type="qwen3", vocab_size=24, head_dim=8, tie_word_embeddings=True)
     write_checkpoint(folder / "student", 0, **tied, **small)
     write_checkpoint(folder / "teacher", 1, model_type="llama", vocab_size=30, **small)
+    write_checkpoint(folder / "moe", 2, model_type="qwen3_moe", vocab_size=24, head_dim=8, num_experts=5,
+                     num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True, **small)
     for name, number in (("train", 9), ("test", 5)):
         records = [{"problem": f"{a}+3" + "?" * (1 + a % 3), "answer": "3", "solution": f"{a}+3",
                     "kind": ("even", "odd")[a % 2]} for a in range(number)]

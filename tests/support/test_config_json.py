@@ -10,7 +10,7 @@ import torch
 from model import Transformer
 from support.model_config import ModelConfig
 from support.errors import UserError
-from support.model_config import REQUIRED, ROPE_KEYS, TABLE
+from support.model_config import FAMILIES, REQUIRED, ROPE_KEYS, TABLE, Family
 from support.weights import load_model
 
 SMALL = dict(model_type="qwen3", vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -63,7 +63,7 @@ REAL = {        # name -> (config.json, (head_dim, key/value heads, context, rop
                             rope_theta=100000), (128, 16, 16384, 1e5, False)),
     "Mistral 0.1": (dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336,
                          num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, rope_theta=10000.0,
-                         max_position_embeddings=32768, sliding_window=4096), (128, 8, 4096, 1e4, False)),
+                         max_position_embeddings=32768, sliding_window=4096), (128, 8, 32768, 1e4, False)),
     "Mistral Nemo": (dict(model_type="mistral", vocab_size=131072, hidden_size=5120, intermediate_size=14336,
                           num_hidden_layers=40, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
                           max_position_embeddings=1024000, rope_theta=1000000.0, sliding_window=None),
@@ -145,8 +145,8 @@ def test_missing_keys_have_a_default_or_are_named():
             assert key in sentence(ModelConfig.from_dict, raw)
         else:
             ModelConfig.from_dict(raw)
-    for kind, needs in ROPE_KEYS.items():
-        for key in needs:
+    for kind in TABLE["rope_type"].choices:
+        for key in ROPE_KEYS[kind]:
             rope = {name: value for name, value in {**ROPE, "rope_type": kind}.items() if name != key}
             assert f"{kind!r} needs {key}" in sentence(config, rope_parameters=rope)
 
@@ -172,7 +172,16 @@ def test_keys_that_mean_nothing_to_a_family_are_not_judged():
                     dict(model_type="mistral", sliding_window=None, use_sliding_window=3, attention_bias=5)):
         c = config(**changes)
         assert c.context == 64 and not c.o_bias
-    assert config(use_sliding_window=True, sliding_window=8).context == 8
+
+
+def test_without_the_extra_a_context_ends_at_its_window(monkeypatch):
+    """With it (extras/families/sliding.py) the layers look back as far as their window.
+    fails if: the plain decoder reads sequences whose first tokens it should no longer see."""
+    long = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    assert config(**long).context == 64 and config(**long).own["windows"] == [8, 8]
+    for family in CORE:
+        monkeypatch.setitem(FAMILIES, family, Family())
+    assert config(**long).context == 8 and config(model_type="mistral", sliding_window=16).context == 16
 
 
 # the whole way, with weights

@@ -16,6 +16,7 @@ from model_cases import edit_json, edit_tensors, gap, logits, scramble, tokens
 import train
 from conftest import GRAPHS_ON_MODEL, write_pair
 from extras.families.qwen3_5 import CHUNK, DeltaCache, DeltaNet, delta_rule, delta_step
+from extras.lora import add_lora
 from model import MODELS, Transformer
 from rollout import generate
 from support import memory
@@ -185,14 +186,12 @@ def test_copied_slots_continue_like_the_original(to, rows):
         assert gap(hidden[slot, 0], model(texts[row:row + 1, :lengths[row] + 1])[0, -1]) < 1e-12
 
 
-def test_planned_cache_and_matrices_are_those_of_the_model():
+def test_planned_cache_and_adapters_are_those_of_the_model():
     """fails if: the plan counts keys for layers that have none, forgets a state, or misses a projection."""
-    from extras.lora import add_lora, projections
     model = built()
     cache = DeltaCache(model, 3, 17)
     held = [*cache.keys, *cache.values, *cache.states, *cache.inputs]
     assert memory.cache(model.config, 3, 17, 4) == sum(x.nbytes for x in held)
-    assert sorted(memory.matrices(model.config)) == sorted(tuple(p.weight.shape) for p in projections(model))
     add_lora(model, 3, 6.0)
     assert memory.adapter_weights(model.config, 3) == sum(p.numel() for _, p in model.trainable())
 
