@@ -42,7 +42,7 @@ def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool
     (q, kv), (K, V, H, channels), (deltas, attentions) = head_widths(c), shape(c), counts(c)
     per_norm = 4 if rank else 8
     both = 2 * c.hidden_size * (per_norm + item) + item * (4 * c.intermediate_size + 3 * rank)
-    delta = rule(c, 5, 9, 7) + channels * (2 * item + EXACT) + item * (2 * H * V + 3 * rank) + 10 * EXACT * H
+    delta = rule(c, 5, 9, 7) + channels * (2 * item + EXACT) + item * (2 * H * V + 5 * rank) + 10 * EXACT * H
     attention = per_norm * (q + kv) + item * (5 * q + 2 * kv + 4 * rank)
     kept, layer = deltas * (both + delta) + attentions * (both + attention), both + max(delta, attention)
     # of the layer at work: gradients of an MLP, or of a chunked rule
