@@ -137,8 +137,13 @@ class DeltaCache(KVCache):
         own, kinds = model.config.own, model.config.own["layer_types"]
         (_, R, _, H), zeros = self.keys[0].shape, self.keys[0].new_zeros
         self.keys, self.values = ([zeros(slots, R, capacity, H) for _ in range(kinds.count(KINDS[1]))] for _ in "kv")
-        self.inputs, self.states = zip(*(layer.linear_attn.fresh(slots, model.device, model.compute_dtype)
-                                         for layer in model.model.layers if hasattr(layer, "linear_attn")))
+        fresh = [layer.linear_attn.fresh(slots, model.device, model.compute_dtype)
+                 for layer in model.model.layers if hasattr(layer, "linear_attn")]
+        self.inputs, self.states = ([pair[part] for pair in fresh] for part in (0, 1))
+
+    def begin(self, tokens_BT: Tensor):
+        assert self.longest or self.length_B[:len(tokens_BT)].all(), "length_B says first how long each prompt is"
+        return super().begin(tokens_BT)
 
     def keep(self, layer: int, inputs_Btc: Tensor, S_BHKV: Tensor) -> None:
         """After a pass: inputs_Btc begins with the kernel - 1 inputs before it."""
@@ -216,7 +221,9 @@ class DeltaNet(nn.Module):
             mixed_BTc.split(self.widths, -1), (self.key_heads, self.key_heads, self.heads)))
         q, k = (unit(x).repeat_interleave(self.heads // self.key_heads, 2) for x in (q, k))
         beta_BTH = self.in_proj_b(x_BTD).to(exact).sigmoid()
-        g_BTH = -self.A_log.to(exact).exp() * F.softplus(self.in_proj_a(x_BTD).to(exact) + self.dt_bias.to(exact))
+        # weights that are float32 count as the sampler's copy of them does, rounded to the dtype of products
+        A_log, dt_bias, norm = (p.to(dtype).to(exact) for p in (self.A_log, self.dt_bias, self.norm.weight))
+        g_BTH = -A_log.exp() * F.softplus(self.in_proj_a(x_BTD).to(exact) + dt_bias)
         if cached and not keys.longest:         # prompts that begin: what stands behind them changes no state
             real_BT1 = torch.arange(T, device=x_BTD.device)[:, None] < keys.length_B[:B, None, None]
             beta_BTH, g_BTH = beta_BTH * real_BT1, g_BTH * real_BT1
@@ -227,7 +234,7 @@ class DeltaNet(nn.Module):
             o, S_BHKV = delta_rule(*sides, S_BHKV)
         if cached:
             keys.keep(self.number, inputs_Btc, S_BHKV)
-        o_BTHV = self.norm(o.view(B, T, self.heads, self.V))
+        o_BTHV = F.rms_norm(o.view(B, T, self.heads, self.V), (self.V,), norm, self.norm.eps)
         gate_BTw = F.silu(self.in_proj_z(x_BTD).to(exact))
         return self.out_proj((o_BTHV.flatten(2) * gate_BTw).to(dtype))
 

@@ -186,6 +186,15 @@ def test_copied_slots_continue_like_the_original(to, rows):
         assert gap(hidden[slot, 0], model(texts[row:row + 1, :lengths[row] + 1])[0, -1]) < 1e-12
 
 
+@torch.no_grad()
+def test_a_copy_in_bfloat16_computes_what_its_float32_source_does():
+    """The student's weights are float32, its sampler's are not; products are bfloat16 for both.
+    fails if: a decay, or the weight of a norm, is more exact in one than in the other."""
+    source = built(dtype=torch.float32)
+    source.compute_dtype = torch.bfloat16
+    assert torch.equal(source(tokens(2, 70)), source.copy_as(torch.bfloat16)(tokens(2, 70)))
+
+
 def test_planned_cache_and_adapters_are_those_of_the_model():
     """fails if: the plan counts keys for layers that have none, forgets a state, or misses a projection."""
     model = built()
