@@ -1,11 +1,13 @@
-"""Make picture: a run's metrics.jsonl as two curves in one SVG file, written by hand, without further packages.
+"""Make picture: runs as curves, and a few coloured responses, in one SVG file, written by hand, without further packages.
 
-    python train.py --name picture
-    python docs/make_picture.py runs/picture                    # docs/run.svg, the picture in README.md
-    python docs/make_picture.py runs/picture --out mine.svg
+    python train.py --name opd && python train.py --recipe sft --name sft && python train.py --recipe grpo --name grpo
+    python docs/make_picture.py runs/opd runs/sft runs/grpo     # docs/run.svg, the picture in README.md
+    python docs/make_picture.py runs/mine --out mine.svg
 
-Left: held-out accuracy with its 95 % interval, and the teacher's. Right: reverse KL per token of the step, on a
-logarithmic axis. Works for any run whose held-out problems have answers.
+Left: held-out accuracy, of the first run with its 95 % interval, and its teacher's. Right: reverse KL per token of the
+step, on a logarithmic axis. Below: answers to one held-out problem at the first, the middle and the last step of the
+first run, each token the darker the farther student and teacher are apart on it. Works for any runs whose held-out
+problems have answers; the answers are there if the run kept them (--token_view).
 """
 import argparse
 import json
@@ -18,7 +20,9 @@ from pathlib import Path
 WIDTH, HEIGHT = 860, 300
 TOP, BOTTOM = 44, 252                       # of both panels
 PANELS = (58, 408), (498, 848)              # left and right edge of each
-BLUE, ORANGE, GREY = "#1f6feb", "#d1570a", "#6e7781"
+BLUE, ORANGE, GREY, INK = "#1f6feb", "#d1570a", "#6e7781", "#24292f"
+COLOURS = BLUE, "#1a7f37", "#8250df", "#0a7d8c"
+CHARACTER, ROW = 8.2, 28                    # width of a letter, height of a row of the answers
 
 
 def records(path: Path) -> list[dict]:
@@ -68,30 +72,36 @@ def scale(values, low: float, high: float) -> list[float]:
     return [BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low) for value in values]
 
 
-def accuracy(found: list[dict], key: str, steps: int) -> list[str]:
-    """The left panel."""
+def accuracy(runs: list[tuple[str, list[dict]]], key: str, steps: int) -> list[str]:
+    """The left panel: (name, evaluations) of each run."""
     left, right = PANELS[0]
-    at = [left + (right - left) * record["step"] / steps for record in found]
-    mean = scale([record["eval"][key] for record in found], 0, 1)
-    low, high = (scale([record["eval"][f"{key}_ci"][side] for record in found], 0, 1) for side in (0, 1))
     drawn = axis(left, right, steps) + [text((left + right) / 2, TOP - 14, f"held-out accuracy ({key})", size=13)]
     drawn += shares(left, right)
-    band = points([*zip(at, high), *reversed(list(zip(at, low)))])
-    drawn += [f'<polygon points="{band}" fill="{BLUE}" fill-opacity="0.15"/>', curve(zip(at, mean), BLUE)]
-    drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{BLUE}"/>' for x, y in zip(at, mean)]
-    if teacher := found[0].get("eval_teacher"):
+    for number, (name, found) in enumerate(runs):
+        colour = COLOURS[number % len(COLOURS)]
+        at = [left + (right - left) * record["step"] / steps for record in found]
+        mean = scale([record["eval"][key] for record in found], 0, 1)
+        if number == 0:
+            low, high = (scale([record["eval"][f"{key}_ci"][side] for record in found], 0, 1) for side in (0, 1))
+            band = points([*zip(at, high), *reversed(list(zip(at, low)))])
+            drawn.append(f'<polygon points="{band}" fill="{colour}" fill-opacity="0.15"/>')
+        drawn += [curve(zip(at, mean), colour)]
+        drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in zip(at, mean)]
+        drawn.append(text(right - 10, BOTTOM - 12 - 17 * (len(runs) - 1 - number),
+                          f"{name} {found[-1]['eval'][key]:.1%}", "end", colour=colour))
+    if teacher := runs[0][1][0].get("eval_teacher"):
         y = scale([teacher[key]], 0, 1)[0]
         drawn += [line(left, y, right, y, f'stroke="{ORANGE}" stroke-width="1.5" stroke-dasharray="6 4"'),
                   text(left + 10, y + 18, f"teacher {teacher[key]:.1%}", "start", colour=ORANGE)]
-    return drawn + [text(at[-1] - 8, mean[-1] + 24, f"student {found[-1]['eval'][key]:.1%}", "end", colour=BLUE)]
+    return drawn
 
 
-def divergence(found: list[dict], steps: int) -> list[str]:
-    """The right panel."""
+def divergence(runs: list[list[dict]], steps: int) -> list[str]:
+    """The right panel: the steps of each run."""
     left, right = PANELS[1]
-    value = [(record["step"], record["reverse_kl"]) for record in found if record["reverse_kl"] > 0]
-    low = math.floor(math.log10(min(v for _, v in value)))
-    high = math.ceil(math.log10(max(v for _, v in value)))
+    value = [[(record["step"], record["reverse_kl"]) for record in found if record["reverse_kl"] > 0] for found in runs]
+    every = [v for pairs in value for _, v in pairs]
+    low, high = math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))
     high += high == low
     drawn = axis(left, right, steps)
     drawn.append(text((left + right) / 2, TOP - 14, "KL(student || teacher), nats per token", size=13))
@@ -99,36 +109,73 @@ def divergence(found: list[dict], steps: int) -> list[str]:
         y = scale([power], low, high)[0]
         drawn += [text(left - 8, y + 4, f"{10.0 ** power:g}", "end"),
                   line(left, y, right, y, f'stroke="{GREY}" stroke-opacity="0.2"')]
-    at = [left + (right - left) * step / steps for step, _ in value]
-    return [*drawn, curve(zip(at, scale([math.log10(v) for _, v in value], low, high)), BLUE)]
+    for number, pairs in enumerate(value):
+        at = [left + (right - left) * step / steps for step, _ in pairs]
+        if pairs:
+            drawn.append(curve(zip(at, scale([math.log10(v) for _, v in pairs], low, high)),
+                               COLOURS[number % len(COLOURS)]))
+    return drawn
 
 
-def picture(found: list[dict]) -> str:
-    """The SVG of the records of one metrics.jsonl."""
-    tested = [record for record in found if "eval" in record]
-    stepped = [record for record in found if record.get("reverse_kl") is not None]
-    key = next((key for key in tested[0]["eval"] if re.fullmatch(r"avg@\d+", key)), None) if tested else None
-    if key is None or not stepped:
-        raise ValueError("no run with graded evaluations and a teacher")
-    steps = max(record["step"] for record in tested + stepped)
-    return drawing(accuracy(tested, key, steps) + divergence(stepped, steps))
+def answers(views: list[dict]) -> list[str]:
+    """A row for each kept step: its answer to the held-out problem that the last one answers at greatest length."""
+    samples = [view["held-out"] for view in views]
+    number = max(range(len(samples[-1])), key=lambda i: (bool(samples[-1][i]["right"]), len(samples[-1][i]["pieces"])))
+    rows, y = [], HEIGHT + 16
+    for view, kept in zip(views, samples):
+        sample, x = kept[number], PANELS[0][0] + 96
+        rows.append(text(PANELS[0][0] + 84, y, f"step {view['step']}", "end"))
+        shown = [(sample["prompt"], None), *zip(sample["pieces"], sample["columns"].get("kl") or [0.0] * len(sample["pieces"]))]
+        for piece, kl in shown:
+            width = CHARACTER * len(piece) + 3
+            if x + width > PANELS[1][1] - 40:
+                rows.append(text(x + 4, y, "...", "start"))
+                break
+            if kl is not None:
+                depth = min(1.0, (kl / 2) ** 0.5)
+                rows.append(f'<rect x="{x:.1f}" y="{y - 13}" width="{width - 1:.1f}" height="18" rx="2" fill="{ORANGE}" '
+                            f'fill-opacity="{0.06 + 0.64 * depth:.2f}"/>')
+            rows.append(f'<text x="{x + 1:.1f}" y="{y}" font-family="Menlo, Consolas, monospace" font-size="13" '
+                        f'fill="{GREY if kl is None else INK}" textLength="{width - 3:.1f}">{escape(piece)}</text>')
+            x += width + 8 * (kl is None)
+        verdict = {True: "right", False: "wrong"}.get(sample["right"] if sample["right"] is None else bool(sample["right"]))
+        if verdict:
+            rows.append(text(PANELS[1][1], y, verdict, "end", colour=GREY))
+        y += ROW
+    return rows
 
 
-def drawing(body: list[str]) -> str:
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-            f'font-family="Helvetica, Arial, sans-serif">\n<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>\n'
+def picture(runs: list[tuple[str, list[dict]]], views: list[dict] = ()) -> str:
+    """The SVG of (name, records of metrics.jsonl) of each run and the first one's views of tokens."""
+    tested = [(name, [record for record in found if "eval" in record]) for name, found in runs]
+    stepped = [[record for record in found if record.get("reverse_kl") is not None] for _, found in runs]
+    first = tested[0][1]
+    key = next((key for key in first[0]["eval"] if re.fullmatch(r"avg@\d+", key)), None) if first else None
+    if key is None or not stepped[0] or any(not found or key not in found[0]["eval"] for _, found in tested):
+        raise ValueError("no runs with graded evaluations of the same kind, and a teacher in the first")
+    steps = max(record["step"] for found in [*(found for _, found in tested), *stepped] for record in found)
+    names = ["student"] if len(runs) == 1 else [name for name, _ in runs]
+    body = accuracy([(name, found) for name, (_, found) in zip(names, tested)], key, steps) + divergence(stepped, steps)
+    views = [view for view in views if view.get("held-out")]
+    return drawing(body + (answers(views) if views else []), HEIGHT + (ROW * len(views) + 10) * bool(views))
+
+
+def drawing(body: list[str], height: int) -> str:
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+            f'font-family="Helvetica, Arial, sans-serif">\n<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>\n'
             + "\n".join(body) + "\n</svg>\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path, help="a run folder, such as runs/opd")
+    parser.add_argument("run", type=Path, nargs="+", help="run folders, such as runs/opd")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "run.svg", help="the file to write")
     args = parser.parse_args()
     try:
-        args.out.write_text(picture(records(args.run / "metrics.jsonl")))
+        kept = [json.loads(file.read_text()) for file in sorted((args.run[0] / "tokens").glob("step-*.json"))]
+        args.out.write_text(picture([(run.name, records(run / "metrics.jsonl")) for run in args.run], kept))
     except (OSError, ValueError) as error:
-        print(f"error: {args.run}: {error}", file=sys.stderr)
+        print(f"error: {args.run[0]}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from support import tensors as tensors_file
 from support.errors import UserError, one_line, read_json, shown
 from support.optimizers import kinds, moments, restore_moments
+from support.page import write_page
 from support.run_folder import (CHECKPOINT, STEP, UNFINISHED, advice, flush, is_kind, is_run, lock,
                                 refuse_imitations, remove, remove_aside, remove_checkpoints, run_path, set_aside,
                                 strangers, tidy, write_bytes, write_text, writing)
@@ -272,6 +273,9 @@ class RunFolder:
 
     def write_summary(self, summary: dict) -> None:
         write_text(self.path / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
+
+    def write_page(self) -> None:
+        write_page(self.path)
 
     def summary(self, describe) -> str:
         """describe(what summary.json holds), or one sentence where hands have been in it."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from support.errors import NotFinite, UserError
 from support.memory import size_text, used_memory
+from support.page import evaluations
 
 # nats per token between the log-probs of sampler and trainer that rounding explains
 SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -73,7 +74,8 @@ class Report:
         self.folder.log({"step": step, **record})
         for log in self.track:
             log(record, step)
-        tqdm.write(step_line(step, cfg, record))
+        if not cfg.quiet:
+            tqdm.write(step_line(step, cfg, record))
         state["tokens"] += record["tokens"] * record["on_policy"]
         state["skipped"] += record["skipped"]
         state["skipped_in_a_row"] = (state["skipped_in_a_row"] + 1) * record["skipped"]
@@ -99,8 +101,10 @@ class Report:
         if better(metrics, state["best"]):
             state["best"], state["best_step"] = metrics.get(judged_by(metrics)), step
         state["after"] = metrics
+        self.folder.write_page()
         tqdm.write(test_line("eval   ", metrics))
-        tqdm.write(example(self.run, samples, step))
+        if not self.run.cfg.quiet:
+            tqdm.write(example(self.run, samples, step))
 
     def save(self, step: int, optimizer) -> None:
         self.state["seconds"] = self.seconds_before + time.perf_counter() - self.clock.started
@@ -117,6 +121,7 @@ class Report:
             "steps": state["step"], "best": {"step": state["best_step"], **({key: state["best"]} if key else {})},
             "recipe": run.cfg.recipe, "timings": timings(state), "planned_memory": run.planned_memory,
             "peak_memory": used_memory(run.student.device, run.memory_before)})
+        self.folder.write_page()
         print(self.folder.summary(lambda summary: closing_line(self.folder, summary)))
 
 
@@ -155,16 +160,28 @@ def example(run, samples: list[dict], step: int) -> str:
     return f"        e.g. {asked[-200:]!r} -> {sample['text'][:400]!r}{verdict}"
 
 
+def curve_line(evals: list[tuple[int, dict]]) -> str:
+    """`24.6% ▁▄▇██ 99.0% at steps 0 to 120`: every evaluation as a bar of a height between the lowest and the highest."""
+    key = judged_by(evals[0][1]) if evals else None
+    values = [metrics[key] for _, metrics in evals if metrics.get(key) is not None] if key else []
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in values)
+    return (f"        {figure(key, evals[0][1])} {bars} {figure(key, evals[-1][1])} at steps {evals[0][0]} to "
+            f"{evals[-1][0]}\n")
+
+
 def closing_line(folder, summary: dict) -> str:
     shares = "  ".join(f"{phase} {t['share']:.0%}"
                        + (f" ({t['tokens_per_second']:,.0f} tokens/s)" if t["tokens_per_second"] else "")
                        for phase, t in summary["timings"].items())
     return (f"done    held-out {change(summary['before'], summary['after'], summary['teacher'])} in "
-            f"{summary['steps']} steps, {summary['seconds']:.0f} s\n"
+            f"{summary['steps']} steps, {summary['seconds']:.0f} s\n{curve_line(evaluations(folder.metrics))}"
             f"        {shares}, peak memory {size_text(summary['peak_memory'])}\n"
             f"        sampler and trainer at most {summary['sampler_gap']:.1e} nats per token apart\n"
             f"        in {folder.path}: the trained model last/, the best one best/, metrics.jsonl, samples/, "
-            f"summary.json")
+            f"summary.json, report.html")
 
 
 # Time

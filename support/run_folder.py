@@ -33,6 +33,7 @@ CHECKPOINT = dict.fromkeys([*map(re.escape, TEXT_FILES), r"config\.json", r"mode
                             r"\.tmp\w{6}"], FILE)      # a file that safetensors is writing
 KNOWN = {       # pattern of a name -> a file, a link, or the names in that folder
     r"\.lock": FILE, r"config\.json": FILE, r"started\.json": FILE, r"metrics\.jsonl": FILE, r"summary\.json": FILE,
+    r"report\.html": FILE, "tokens": {STEP + r"\.json": FILE},
     r"teacher_responses\.json": FILE, "last": LINK, "best": LINK, STEP: CHECKPOINT,
     "samples": {STEP + r"\.jsonl": FILE},
     "tensorboard": {r"events\.out\.tfevents\..+": FILE},

@@ -70,6 +70,7 @@ class Core(LossArgs):
     threads: int = opt(0, "CPU threads; 0 = one for models under 10 million weights, which more threads only slow down",
                        high=1000)
     seed: int = opt(0, "fixes data order, samples and adapters", high=2**31 - 1)
+    quiet: bool = opt(False, "print evaluations, not steps")
     plan: bool = opt(False, "print the memory estimate and stop: exit status 0 when it fits, 1 when it does not")
     plan_memory: str = opt("", "plan for a device that is not here: its memory, as in --device cuda --plan_memory "
                                "24GiB")
@@ -84,7 +85,7 @@ HELP = {    # the groups of --help; the knobs of the loss variants follow under 
     "text": "stop_ids chat_template template_vars verifier",
     "optimization": "warmup_steps schedule weight_decay max_grad_norm updates chunk_rows dtype threads seed",
     "evaluation": "eval_every eval_k eval_temperature eval_max_new_tokens eval_limit eval_teacher",
-    "run": "runs save_every fresh plan plan_memory wandb tensorboard",
+    "run": "runs save_every fresh quiet plan plan_memory wandb tensorboard",
 }
 
 

@@ -34,7 +34,7 @@ class Follower(RunFolder):
     def nothing(self, *args) -> None:
         pass
 
-    link = prune = trim_metrics = log = write_samples = note_start = nothing
+    link = prune = trim_metrics = log = write_samples = write_page = note_start = nothing
 
 
 def open_folder(path: Path, config: dict, fresh: bool = False) -> RunFolder:
