@@ -1,6 +1,6 @@
 """Qwen3.5, the text decoder: three layers in four carry a state of fixed size instead of keys and values.
 
-    full_attention     x = x + o_proj( attention(q, k, v) * sigmoid(gate) )     q and gate are one projection, head by head
+    full_attention     x = x + o_proj( attention(q, k, v) * sigmoid(gate) )     q and gate: one projection, head by head
     linear_attention   x = x + out_proj( norm(delta rule(q, k, v, g, beta)) * silu(z) )
                        q, k, v = silu(causal convolution(in_proj_qkv(x)));  q and k have length 1, q / sqrt(K) is asked
                        beta = sigmoid(in_proj_b(x)),  g = -exp(A_log) softplus(in_proj_a(x) + dt_bias) <= 0
@@ -71,7 +71,7 @@ def settings(read: Reader) -> dict:
 
 
 def rope(read: Reader) -> dict:
-    """rope_settings, and how many channels of a head are turned. Axes of images (mrope) are one and the same in text."""
+    """rope_settings, and how many channels of a head are turned. The axes of images (mrope) are one in text."""
     found, width = rope_settings(read), read("head_dim")
     factor = found.setdefault("partial_rotary_factor", read("partial_rotary_factor"))
     found["turned"] = int(width * factor)
@@ -101,8 +101,8 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTH: Tensor, be
         S_i = exp(G_i) S_0 + sum_{j <= i} exp(G_i - G_j) k_j u_j^T
     and, put into the definition of u_i, it makes all u_i of the chunk the solution of one triangular system:
         u_i + beta_i sum_{j < i} exp(G_i - G_j) (k_i . k_j) u_j = beta_i v_i - beta_i exp(G_i) S_0^T k_i
-    Its two right sides are solved without S_0, for all chunks at once: U = own - through S_0 (the WY form). What is left
-    is a loop over chunks with four small products each. exp(G_i - G_j) is at most 1 where j <= i.
+    Its two right sides are solved without S_0, for all chunks at once: U = own - through S_0 (the WY form). What is
+    left is a loop over chunks with four small products each. exp(G_i - G_j) is at most 1 where j <= i.
     """
     T, C = q_BTHK.shape[1], min(CHUNK, q_BTHK.shape[1])
 
@@ -113,7 +113,7 @@ def delta_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTH: Tensor, be
     later_CC = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
     decay_BHnCC = (G_BHnC1 - G_BHnC1.mT).masked_fill(later_CC, -math.inf).exp()
     entered, left = G_BHnC1.exp(), (G_BHnC1[..., -1:, :] - G_BHnC1).exp()       # what S_0 lost; what u_j will lose
-    system = (beta * k) @ k.mT * decay_BHnCC                                    # below its diagonal, which is taken as 1
+    system = (beta * k) @ k.mT * decay_BHnCC        # below its diagonal, which is taken as 1
     sides = torch.cat((beta * v, beta * entered * k), -1)
     own, through = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split(
         (v.shape[-1], k.shape[-1]), -1)
@@ -129,7 +129,7 @@ class DeltaCache(KVCache):
     """A KVCache for the attention layers alone; of each delta layer the state after a sequence's tokens, float32, and
     the inputs (slots, kernel - 1, c) that the convolution of the next token sees.
 
-    Slots that begin hold only as many tokens as length_B says; what stands behind them is padding, and no state sees it.
+    Slots that begin hold as many tokens as length_B says; what stands behind those is padding, and no state sees it.
     """
 
     def __init__(self, model: Transformer, slots: int, capacity: int):

@@ -218,7 +218,8 @@ def test_fresh_weights_scale_by_one_and_decay():
 # config.json
 
 @pytest.mark.parametrize("changes, word", [
-    (dict(layer_types=["linear_attention"] * 3), "full_attention"), (dict(layer_types=["full_attention"]), "layer_types"),
+    (dict(layer_types=["linear_attention"] * 3), "full_attention"),
+    (dict(layer_types=["full_attention"]), "layer_types"),
     (dict(layer_types=["linear_attention", "sliding_attention", "full_attention"]), "sliding_attention"),
     (dict(layer_types="full_attention"), "a list"), (dict(linear_num_value_heads=5), "linear_num_key_heads 2"),
     (dict(attn_output_gate=False), "attn_output_gate"), (dict(linear_key_head_dim=0), "linear_key_head_dim"),
@@ -245,9 +246,10 @@ def test_every_fourth_layer_attends_where_config_json_does_not_say():
 def write_hybrid(pair, name, seed, spread=0.25, **changes):
     """A small model of this family beside the student of the pair, with its tokenizer. spread: of its matrices."""
     raw = {"model_type": "qwen3_5_text", **TEXT, "num_hidden_layers": 2, "vocab_size": 24, "hidden_size": 16,
-           "intermediate_size": 24, "max_position_embeddings": 64, "layer_types": ["linear_attention", "full_attention"],
-           "tie_word_embeddings": True, **changes}
-    model, rng = MODELS["qwen3_5_text"](ModelConfig.from_dict(raw)).init_weights(seed), torch.Generator().manual_seed(seed)
+           "intermediate_size": 24, "max_position_embeddings": 64, "tie_word_embeddings": True,
+           "layer_types": ["linear_attention", "full_attention"], **changes}
+    model = MODELS["qwen3_5_text"](ModelConfig.from_dict(raw)).init_weights(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -298,8 +300,8 @@ def test_a_streamed_teacher_is_the_resident_one(run):
 
 def test_a_new_model_learns_to_write_like_the_toy_teacher(run, hybrids):
     """From log 264 = 5.6 nats a token. fails if: gradients do not reach what has to change."""
-    toy = write_hybrid(hybrids, "toy", 2, spread=0.02, vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-                       layer_types=None, max_position_embeddings=256)
+    toy = write_hybrid(hybrids, "toy", 2, spread=0.02, vocab_size=264, hidden_size=64, intermediate_size=128,
+                       num_hidden_layers=4, layer_types=None, max_position_embeddings=256)
     for file in ("tokenizer.json", "generation_config.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "toy/student" / file, toy / file)
     losses = [record["loss"] for record in run(
