@@ -66,8 +66,8 @@ class KVCache(Causal):
 
     keys, values: per layer (slots, R, capacity, H): a CPU reads one head's keys up to four times as fast when they lie
     together. A forward pass with T tokens writes them at positions length_B ... length_B + T - 1 of the first B slots;
-    the caller then advances length_B. Positions past a sequence's length hold leftovers: they are masked while decoding
-    and overwritten before they are reached.
+    the caller then advances length_B, which for slots that begin (longest 0) says before the pass how many tokens are
+    real. Positions past a sequence's length hold leftovers: they are masked while decoding and overwritten in time.
     """
 
     def __init__(self, model: "Transformer", slots: int, capacity: int):
@@ -80,9 +80,9 @@ class KVCache(Causal):
     def begin(self, tokens_BT: Tensor):
         """(positions; None while all slots are empty, else the mask of each query and where the new keys go)."""
         (B, T), device = tokens_BT.shape, tokens_BT.device
-        at_BT = self.length_B[:B, None] + torch.arange(T, device=device)
         if self.longest == 0:
-            return at_BT, None
+            return super().begin(tokens_BT)
+        at_BT = self.length_B[:B, None] + torch.arange(T, device=device)
         later = torch.arange(self.longest + T, device=device) > at_BT[:, None, :, None]
         mask_B1TS = torch.where(later, -math.inf, 0.0).to(self.keys[0].dtype)
         return at_BT, (mask_B1TS, (torch.arange(B, device=device)[:, None], slice(None), at_BT))

@@ -231,10 +231,10 @@ class Slots:
             group = prompts[start:start + per_pass]
             prefill = self.model.cache_type(self.model, len(group), max(map(len, group)))
             tokens_PT = pad_sequence([torch.tensor(p) for p in group], batch_first=True).to(self.device)
-            length_P = torch.tensor([len(p) for p in group], device=self.device)
+            prefill.length_B = torch.tensor([len(p) for p in group], device=self.device)
             hidden_PTD = self.model(tokens_PT, prefill)
-            prefill.length_B, prefill.longest = length_P, max(map(len, group))
-            hidden_PD.append(hidden_PTD[torch.arange(len(group), device=self.device), length_P - 1])
+            prefill.longest = tokens_PT.shape[1]
+            hidden_PD.append(hidden_PTD[torch.arange(len(group), device=self.device), prefill.length_B - 1])
             here = ((row_of_slot >= start) & (row_of_slot < start + len(group))).nonzero().squeeze(1)
             self.cache.copy_rows(first + here, prefill, row_of_slot[here] - start)
         return torch.cat(hidden_PD)

@@ -150,8 +150,9 @@ def text_part(raw: dict) -> dict:
     text = raw.get("text_config")
     if not isinstance(text, dict):
         return raw
-    shared = {key: raw[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in raw}
-    return {**shared, **text}
+    dtype, tied = ({key: raw[key] for key in keys if key in raw} for keys in (("dtype", "torch_dtype"),
+                                                                             ("tie_word_embeddings",)))
+    return {**dtype, **text, **tied}        # the outer model has the head, and says whether it is tied
 
 
 def head_width(read: Reader) -> int:

@@ -107,8 +107,9 @@ def run_cached(model, rows, lengths, steps, cache):
     B = len(lengths)
     heads = torch.stack([torch.where(torch.arange(max(lengths)) < n, row[:max(lengths)], 0)
                          for row, n in zip(rows, lengths)])
+    cache.length_B[:B] = torch.tensor(lengths)
     model(heads, cache)
-    cache.length_B[:B], cache.longest = torch.tensor(lengths), max(lengths)
+    cache.longest = max(lengths)
     for T in steps:
         at_BT = cache.length_B[:B, None] + torch.arange(T)
         hidden_BTD = model(rows.gather(1, at_BT), cache)

@@ -13,14 +13,16 @@ from support.model_config import FAMILIES, Family, Key, ModelConfig, Reader
 
 
 class ShiftedNorm(RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight) * scale, in float32."""
+    """x / sqrt(mean(x^2) + eps) * (1 + weight) * scale, in float32; the weight as a copy in x's dtype has it."""
 
     def __init__(self, width: int, eps: float, scale: float = 1.0):
         super().__init__(width, eps)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, (1 + self.weight.float()) * self.scale, self.eps).to(x.dtype)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        weight = (1 + self.weight.to(x.dtype).to(exact)) * self.scale
+        return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class GeluMLP(MLP):

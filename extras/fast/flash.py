@@ -32,7 +32,8 @@ def flash_ready(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
 
 
 def on_model(model: Transformer) -> None:
-    if flash_ready(model.device, model.compute_dtype, model.config.head_dim):
+    plain = type(model).read is Transformer.read and type(model).cache_type is KVCache   # else it keeps more than these
+    if plain and flash_ready(model.device, model.compute_dtype, model.config.head_dim):
         put("flash_rows", model, "read", MethodType(read, model))
         put("flash_cache", model, "cache_type", flash_cache)
 

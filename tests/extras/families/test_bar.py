@@ -10,8 +10,8 @@ from model_cases import gap, logits, run_cached, tokens
 import losses
 from extras.lora import add_lora
 from extras.low_memory import recomputed
-from model import KVCache
 from rollout import generate
+from support import memory
 from support.memory import kept_activations, sized
 from support.weights import load_model
 
@@ -200,7 +200,9 @@ def test_planned_activations_are_what_autograd_keeps(case, record_property):
 
 
 def test_planned_weights_and_cache_are_those_of_the_model(case):
-    """fails if: a family's weights are counted as a plain model's."""
+    """fails if: a family's weights, or what its cache holds, are counted as a plain model's."""
     ours = case[2]
     assert sized(ours.config).weights == sum(p.numel() for p in ours.parameters())
-    assert isinstance(KVCache(ours, 2, 8), ours.cache_type if isinstance(ours.cache_type, type) else KVCache)
+    held = vars(ours.cache_type(ours, 2, 8)).values()
+    tensors = [x for kept in held if isinstance(kept, (list, tuple)) for x in kept if isinstance(x, torch.Tensor)]
+    assert memory.cache(ours.config, 2, 8, 4) == sum(x.nbytes for x in tensors)

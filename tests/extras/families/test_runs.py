@@ -14,7 +14,7 @@ from support.errors import UserError
 from support.model_config import ModelConfig
 from support.weights import load_model
 
-ONE_EACH = "mistral-window", "gemma3", "olmo2", "olmo3-yarn", "phi3-partial-window", "smollm3-window", "qwen3-moe"
+ONE_EACH = "mistral-window", "gemma3", "olmo2", "olmo3-yarn", "phi3-partial-window", "smollm3-window", "qwen3-moe", "qwen3_5"
 
 
 def write_family(name, folder, pair, seed=0):
