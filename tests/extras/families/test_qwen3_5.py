@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_cases import CASES, SHAPE, write_peer
-from model_cases import edit_json, edit_tensors, gap, logits, scramble, tokens
+from model_cases import edit_tensors, gap, logits, scramble, tokens
 
 import train
 from conftest import GRAPHS_ON_MODEL, write_pair
