@@ -210,7 +210,7 @@ def stream(model: Transformer, device: torch.device, lock: bool = True) -> None:
         carry(model.model.layers, guests, passes)
         model.forward = lambda tokens_BT, keys=CAUSAL: model.model.norm(passes.pop(0).x_BTD)
         yield from read(*asked)
-    model.read = streamed_read
+    model.read, model.only_reads = streamed_read, True
 
 
 def carry(layers: nn.ModuleList, guests: list[Guests], passes: list[Pass]) -> None:

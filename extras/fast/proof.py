@@ -186,8 +186,9 @@ def prove(run, folder, state) -> None:
         return
     begun, tried = time.perf_counter(), in_use()
     for model in sorted(run.models(), key=lambda model: model.title):
-        here = all(parameter.device == model.device for parameter in model.parameters())
-        if here and (model is run.actor or model is not run.student):     # parked teachers read alone
+        here = all(parameter.device == model.device for parameter in model.parameters())    # parked teachers are not
+        writes = here and not getattr(model, "only_reads", False)
+        if writes and (model is run.actor or model is not run.student):
             hold("sampling", model, writing)
         if set(tried) - SAMPLING:
             hold("reading", model, Reading(model))

@@ -12,7 +12,7 @@ from model_cases import (LINEAR, LLAMA3, SHAPE, config_json, edit_json, gap, log
 
 from model import masked_attention
 from rollout import generate
-from support.model_config import ModelConfig
+from support.model_config import FAMILIES, Family, ModelConfig
 from support.weights import load_model
 
 LENGTHS = (1, 2, 63, 512)
@@ -109,8 +109,10 @@ def test_both_spellings_of_the_config_are_one_model(rope, tmp_path):
     ("mistral", dict(sliding_window=601), 600), ("qwen2", dict(sliding_window=32), 600),
     ("qwen2", dict(sliding_window=32, use_sliding_window=True), 32),
     ("qwen3", dict(sliding_window=32, use_sliding_window=False), 600)])
-def test_context_ends_at_a_sliding_window_that_is_in_use(family, changes, context):
-    """fails if: from_dict takes max_position_embeddings alone, or a window that is switched off."""
+def test_context_ends_at_a_sliding_window_that_is_in_use(family, changes, context, monkeypatch):
+    """Without extras/families/sliding.py. fails if: from_dict takes max_position_embeddings alone, or a window that is
+    switched off."""
+    monkeypatch.setitem(FAMILIES, family, Family())
     assert ModelConfig.from_dict({"model_type": family, **SHAPE, **changes}).context == context
 
 

@@ -12,7 +12,9 @@ from support.flags import parse
 RECIPE_NEEDS = {
     "gkd": "teacher", "sft": "", "multi": "teacher", "opsd": "teacher", "sdft": "teacher",
     "sdpo": "teacher reward group", "sg": "teacher reward group reference", "exopd": "teacher reference",
-    "rlsd": "teacher reward group", "xtok": "teacher", "lightning": "teacher"}
+    "rlsd": "teacher reward group", "xtok": "teacher", "lightning": "teacher",
+    "iw": "teacher", "power": "teacher", "vopd": "kl teacher", "opsa": "", "sdpg": "teacher reward group", "veto": "teacher",
+    "tropd": "teacher", "topd": "teacher"}
 
 
 def all_needs(flags):

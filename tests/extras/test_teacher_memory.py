@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import eval as eval_file
 import train
 from extras import int8, teacher_memory, teachers
+from extras.fast import proof
 from extras.lora import projections
 from model import Linear
 from support import memory, plan, setup
@@ -330,3 +331,10 @@ def test_only_flags_that_the_rules_allow_are_advised(job):
         assert ({"teacher_memory": "stream"} in [flags for flags, _ in plan.trials(cfg, job)]) == streams
     nobody = plan.settle(train.Config(teacher="none"), replace(job, teachers=[]))
     assert not any("teacher" in name for flags, _ in plan.trials(nobody, job) for name in flags)
+
+
+def test_the_proof_asks_no_streamed_teacher_to_write(command, capsys):
+    """fails if: a way that is right stands aside because a model that only reads was asked to sample."""
+    run = ready(command, teacher_memory="stream")
+    proof.prove(run, None, None)
+    assert "as exact as the plain ways" in (text := capsys.readouterr().out) and "stands aside" not in text
