@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from extras.teachers import GROUPS, PG, SELF
 from losses import (ADVANTAGES, DIVERGENCES, ON_SAMPLES_ONLY, USES_ADVANTAGE, WEIGHTS, Rows, Signals, asks, grpo,
                     keep_highest, log_ratio, policy_gradient, return_to_go, top_ids, vocab_sum)
 from support.flags import opt, recipe
@@ -38,7 +39,6 @@ class Flags:
     topd_until: float = opt(0.5, "share of the run at which it reaches the whole", low=0.001, high=1)
 
 
-PG = dict(divergence="policy_gradient")
 RECIPES = {
     "iw": recipe("early tokens count more (IW-OPD 2606.22600)", weight="iw", **PG),
     "power": recipe("difference of powers, bounded (PowerOPD 2606.17199)", advantage="power", **PG),
@@ -46,7 +46,7 @@ RECIPES = {
     "opsa": recipe("no teacher: the least likely tokens pushed down, a control (OPSA 2608.31046)", advantage="opsa",
                    teacher="none", **PG),
     "sdpg": recipe("verifier, and the student shown the solution where a response beats its group (SDPG 2606.04036)",
-                   advantage="sdpg", teacher="self", privileged="solution", problems=8, samples=8, **PG),
+                   advantage="sdpg", privileged="solution", **SELF, **GROUPS, **PG),
     "veto": recipe("product of teacher and student as the target (Veto 2601.07155)", divergence="veto"),
     "tropd": recipe("policy gradient inside the teacher's trust, imitation outside (TrOPD 2606.01249)", divergence="tropd"),
     "topd": recipe("the first tokens first: a growing horizon (TOPD/POPD 2605.31490)", topd_start=0.1),
