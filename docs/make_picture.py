@@ -160,7 +160,7 @@ def picture(runs: list[tuple[str, list[dict]]], views: list[dict] = ()) -> str:
     return drawing(body + (answers(views) if views else []), HEIGHT + (ROW * len(views) + 10) * bool(views))
 
 
-def drawing(body: list[str], height: int) -> str:
+def drawing(body: list[str], height: int = HEIGHT) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
             f'font-family="Helvetica, Arial, sans-serif">\n<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>\n'
             + "\n".join(body) + "\n</svg>\n")

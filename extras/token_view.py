@@ -18,7 +18,7 @@ from rollout import generate
 from support import memory
 from support.flags import opt
 from support.metrics import diagnostics
-from support.run_folder import write_text
+from support.run_folder import write_text, writing
 from teacher import Batch, Nobody, Part, Teacher
 
 EACH = 4            # responses of either kind
@@ -72,7 +72,8 @@ class View:
         held_out = self.held_out(run, step) if step in self.steps else None
         record = self.step(run, optimizer, step, clock)
         if held_out is not None:
-            self.folder.mkdir(exist_ok=True)
+            with writing(self.folder):
+                self.folder.mkdir(exist_ok=True)
             view = {"step": step + 1, "training": self.train, "held-out": held_out}
             write_text(self.folder / f"step-{step + 1:06}.json", json.dumps(view, separators=(",", ":")) + "\n")
         self.parts = self.train = None

@@ -29,7 +29,7 @@ from support.model_config import ModelConfig  # noqa: E402
 from tokenizer_folders import checkpoints  # noqa: E402, F401 (a fixture)
 
 load_extras()       # an extra remembers at import the plain function that it replaces
-from extras import fast  # noqa: E402
+from extras import fast, token_view  # noqa: E402
 from extras.fast import flash as flash_file, graphs, ways  # noqa: E402
 
 torch.set_num_threads(1)        # models this small lose more to waiting threads than they gain
@@ -121,8 +121,10 @@ PLAIN = [(place, name, getattr(place, name)) for place, name in PLAIN]
 @pytest.fixture(autouse=True)
 def plain_ways(monkeypatch):
     """Each test begins with the plain functions of the core, whatever faster ones a model of an earlier test put in
-    their place. The proof at start, half a second a run, is left to its own tests (tests/extras/test_ways.py)."""
+    their place. The proof at start, half a second a run, is left to its own tests (tests/extras/test_ways.py), and so
+    are the tokens that a run keeps for its report (tests/extras/test_token_view.py)."""
     monkeypatch.setattr(fast, "prove", lambda run, folder, state: None)
+    monkeypatch.setattr(token_view, "begin", lambda run, folder, state: None)
     for place, name, function in PLAIN:
         setattr(place, name, function)
     ways.begin("")

@@ -1,6 +1,7 @@
 """Three steps of every recipe, as numbers to hold on to: a change that is meant to change nothing is held to them.
 
     python tests/pins.py --write            # after a change that is meant to change digits
+    python tests/pins.py --add              # only the cases that are not pinned yet
     python tests/pins.py --exact            # compare bit for bit (on the machine that wrote them, one thread)
 
 For each case tests/data/pins.json keeps every step's loss, gradient norm and lengths, and a hash of all sampled ids.
@@ -23,7 +24,7 @@ from support import responses as given  # noqa: E402
 FILE = ROOT / "tests/data/pins.json"
 KEYS = ("loss", "grad_norm", "mean_length", "reverse_kl", "reward", "kept", "advantage")
 SETTINGS = "--problems 6 --steps 3 --eval_limit 1 --eval_k 1 --max_new_tokens 32 --eval_every 0 --no-eval_teacher " \
-           "--threads 1 --device cpu"
+           "--threads 1 --device cpu --no-token_view"
 CASES = {name: f"--recipe {name}" for name in train.SETTINGS.recipes} | {
     "lora": "--recipe opd --lora_rank 4", "sg_lora": "--recipe sg --lora_rank 4",
     "cold_start": "--recipe opd --cold_start_steps 2", "sft_teacher": "--recipe sft --responses teacher",
@@ -59,9 +60,10 @@ def run_case(flags: str, runs: str) -> dict:
 
 def main() -> int:
     fast.prove = lambda run, folder, state: None        # what the proof at start samples is not of the run
+    before = json.loads(FILE.read_text()) if "--add" in sys.argv else {}
     with tempfile.TemporaryDirectory() as runs:
-        found = {name: run_case(flags, runs) for name, flags in CASES.items()}
-    if "--write" in sys.argv:
+        found = {name: before.get(name) or run_case(flags, runs) for name, flags in CASES.items()}
+    if {"--write", "--add"} & set(sys.argv):
         FILE.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in found.items()) + "\n}\n")
         return 0
     pinned = json.loads(FILE.read_text())

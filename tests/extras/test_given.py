@@ -10,7 +10,7 @@ from conftest import END
 from helpers import adamw, asked, begun, collect, interrupted, jsonl, one_step, ready, told, with_third
 
 import train
-from extras import fast, given
+from extras import fast, given, token_view
 from extras.given import degenerate
 from rollout import generate
 from support.responses import from_responses
@@ -156,7 +156,7 @@ def test_only_good_responses_of_the_teacher_are_kept_and_written_once(pair, comm
         assert mine == (good if i else [*good, ids(run, "31")])
     monkeypatch.setattr(given, "generate", None)
     assert given.teacher_responses(run, run_folder) == kept
-    assert ready(command, recipe="sg", pts_weight=0.0).before_first_step == [fast.prove]        # nobody asks for them
+    assert ready(command, recipe="sg", pts_weight=0.0).before_first_step == [fast.prove, token_view.begin]     # nobody asks
 
 
 def test_a_teacher_without_one_good_response_is_an_error(pair, command, tmp_path, monkeypatch):

@@ -6,7 +6,16 @@ import torch
 from helpers import predictions, ready, sampled, steps_of
 
 import train
+from extras import token_view
 from support.report import Clock
+
+
+BEGIN = token_view.begin        # before conftest.py leaves it out
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch, plain_ways):
+    monkeypatch.setattr(token_view, "begin", BEGIN)
 
 
 def views(folder):

@@ -229,8 +229,9 @@ def test_the_proof_meets_what_a_run_meets(every_way, monkeypatch):
     model, moved, admitted = small(), [], []
     flash.on_model(model)
     graphs.on_model(model)
-    move, admit = KVCache.move, rollout_file.Slots.admit
-    monkeypatch.setattr(KVCache, "move", lambda *args: (moved.append(args[1:]), move(*args)))
+    copy_rows, admit = KVCache.copy_rows, rollout_file.Slots.admit
+    monkeypatch.setattr(KVCache, "copy_rows", lambda cache, to, source, rows: (
+        moved.append(to) if source is cache else None, copy_rows(cache, to, source, rows)))
     monkeypatch.setattr(rollout_file.Slots, "admit", lambda pool, numbers: (admitted.append(numbers),
                                                                             admit(pool, numbers)))
     rollout = proof.write(model)

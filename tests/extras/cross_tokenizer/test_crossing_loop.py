@@ -16,7 +16,7 @@ from helpers import adamw, close, collect, interrupted, look, one_step, predicti
 
 import eval as eval_file
 import train
-from extras import fast, given
+from extras import fast, given, token_view
 from extras.cross_tokenizer.chunk_credit import CREDIT
 from extras.cross_tokenizer.gate import check_tokenizers
 from losses import ADVANTAGES, DIVERGENCES, WEIGHTS, LossArgs
@@ -288,7 +288,7 @@ def test_what_a_foreign_teacher_writes_is_translated(world, command, tmp_path, m
         else:
             run.train[:] = [replace(p, answer="3") for p in run.train]
             folder = folder_of(tmp_path / run.cfg.recipe)
-            cold, = (first for first in run.before_first_step if first not in (check_tokenizers, fast.prove))
+            cold, = (first for first in run.before_first_step if first not in (check_tokenizers, fast.prove, token_view.begin))
             cold(run, folder, None)
             kept = given.teacher_responses(run, folder)
             assert kept and all(found == [wanted] for found in kept.values())
