@@ -6,8 +6,8 @@
 #     bash speedrun.sh --dry              # all of it on a CPU in a minute: random weights of small shape, real files
 #     bash speedrun.sh -- --steps 50      # what follows -- goes to train.py
 #
-# Stopped and started again, it goes on where it was. It writes to runs/ (--runs FOLDER): the run, and beside it a folder
-# of results. What to expect: docs/speedrun.md.
+# Stopped and started again, it goes on where it was. It writes to runs/ (or --runs FOLDER): the run, and beside it a
+# folder of results. What to expect: docs/speedrun.md.
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }
@@ -20,6 +20,7 @@ while [ $# -gt 0 ]; do
             [[ $price =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--price takes dollars per hour, as in --price 2.50" ;;
         --runs) runs=${2-}; shift
             [ -n "$runs" ] || fail "--runs takes a folder, as in --runs /data/runs" ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit ;;
         --) shift; break ;;
         *) fail "unknown flag $1; there are --dry, --price DOLLARS_PER_HOUR, --runs FOLDER, and -- before train.py's" ;;
     esac
@@ -39,13 +40,15 @@ begin() { note; phase=$1 since=$SECONDS; echo; echo "== $1"; }
 
 begin requirements
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3) || fail "python3 is not installed"
+"$python" -c "import sys; sys.exit(sys.version_info < (3, 10))" || fail "Python 3.10 or newer is needed"
 if ! "$python" -c "import torch, safetensors, tokenizers, numpy, jinja2, huggingface_hub, tqdm" 2>/dev/null; then
     "$python" -m venv .venv && python=.venv/bin/python
     "$python" -m pip install -q -r requirements.txt
 fi
 [ -n "$dry" ] || "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
     || fail "torch finds no GPU here; bash speedrun.sh --dry goes through all of it on a CPU"
-"$python" -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')"
+device=$("$python" -c "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')")
+echo "$python on $device"
 
 begin download
 if [ -n "$dry" ]; then
@@ -60,7 +63,7 @@ else
     for f in train test; do
         [ -s gsm8k/$f.jsonl ] && continue
         curl -fsSL --retry 3 -o gsm8k/$f.part $from/$f.jsonl \
-            || fail "GSM8K could not be downloaded; put train.jsonl and test.jsonl into the folder gsm8k and start again"
+            || fail "GSM8K could not be downloaded; put train.jsonl and test.jsonl into gsm8k/ and start again"
         mv gsm8k/$f.part gsm8k/$f.jsonl
     done
 fi
@@ -98,12 +101,11 @@ done
 
 note
 echo
-"$python" - "$runs/$name" "$results" "$price" <<'END'
+"$python" - "$runs/$name" "$results" "$price" "$device" <<'END'
 import json, sys
 from collections import Counter
 from pathlib import Path
-import torch
-run, results, price = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+run, results, price, device = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
 before, after = (json.loads((results / f"{when}.json").read_text()) for when in ("before", "after"))
 seconds = Counter()
 for line in (results / "seconds.txt").read_text().splitlines():
@@ -113,8 +115,7 @@ for line in (results / "seconds.txt").read_text().splitlines():
 seconds["train"] = max(seconds["train"], round(json.loads((run / "summary.json").read_text())["seconds"]))
 whole = sum(seconds.values())
 cost = f"${whole / 3600 * float(price):.2f}" if price else ""
-cells = [torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", f"{before['problems']:,}",
-         f"{before['avg@1']:.1%}", f"{after['avg@1']:.1%}",
+cells = [device, f"{before['problems']:,}", f"{before['avg@1']:.1%}", f"{after['avg@1']:.1%}",
          *(f"{seconds[phase]:,} s" for phase in ("download", "train", "evaluate")), f"{whole:,} s", cost or "-"]
 text = (f"done    {before['problems']:,} held-out problems, greedy: {before['avg@1']:.1%} -> {after['avg@1']:.1%}\n"
         f"        {whole:,} seconds: " + ", ".join(f"{phase} {taken:,}" for phase, taken in seconds.items())

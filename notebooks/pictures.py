@@ -48,9 +48,10 @@ def bars(names: list[str], **values: list[float]) -> str:
 def token_lines(lines: list[list[tuple[str, str]]]) -> str:
     """HTML: the tokens of each line in boxes. lines: (text, background) of every token."""
     style = "color:#000;border:1px solid #fff;padding:1px 3px"
-    drawn = ("".join(f'<span style="background:{colour};{style}">{escape(words)}</span>' for words, colour in line)
+    boxes = ("".join(f'<span style="background:{colour};{style}">{escape(words)}</span>' for words, colour in line)
              for line in lines)
-    return "<div>" + "".join(f'<div style="font-family:monospace;white-space:pre">{line}</div>' for line in drawn) + "</div>"
+    drawn = "".join(f'<div style="font-family:monospace;white-space:pre">{line}</div>' for line in boxes)
+    return f"<div>{drawn}</div>"
 
 
 def red(value: float, full: float) -> str:

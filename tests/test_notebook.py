@@ -32,8 +32,8 @@ print(json.dumps({"shown": shown, "accuracy": space.get("accuracy")}))
 
 def run(cells, folder):
     """The cells in order in one process, as a notebook in this folder would run them."""
-    return subprocess.run([sys.executable, "-c", RUN], cwd=folder, input=json.dumps(cells), capture_output=True, text=True,
-                          timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run([sys.executable, "-c", RUN], cwd=folder, input=json.dumps(cells), capture_output=True,
+                          text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,13 @@ def test_it_runs_from_top_to_bottom_and_the_student_learns(done):
 def test_its_pictures_are_well_formed_and_hold_what_they_show(done):
     """fails if: a token's text breaks the markup, or a bar, a token or a point is left out"""
     shown = {name: ElementTree.fromstring(picture) for name, picture in done[0]["shown"].items()}
-    assert list(shown) == ["one token", "push", "layout", "coloured", "accuracy, reverse KL", "answers", "accuracy, grpo"]
+    assert list(shown) == ["one token", "push", "layout", "coloured", "accuracy, reverse KL", "answers",
+                           "accuracy, grpo"]
 
     def count(name, tag):
         return sum(item.tag.split("}")[-1] == tag for item in shown[name].iter())
     assert count("one token", "rect") == 1 + 16 and count("push", "rect") == 1 + 8
-    rows = int(re.search(r"tokens: (\d+) rows", done[1])[1])
+    rows = int(re.search(r"blue: (\d+) rows", done[1])[1])
     blue = [item for item in shown["layout"].iter("span") if "#9ec5fe" in item.get("style")]
     assert len(blue) == rows and count("coloured", "span") == 8 + rows
     assert count("accuracy, reverse KL", "circle") == 9 and count("accuracy, grpo", "circle") == 18
@@ -78,7 +79,8 @@ def test_on_a_machine_without_the_project_it_asks_for_a_fork_or_clones_it(tmp_pa
     """fails if: the first cell invents an address, or does not find what it has cloned"""
     number, first = CODE[0]
     result = run([(number, first)], tmp_path)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "REPOSITORY" in result.stderr, result.stderr
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "Write your fork's address into REPOSITORY" in result.stderr
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("no repository to clone")
     here, count = re.subn(r'(?m)^REPOSITORY = "[^"]*"', f"REPOSITORY = {str(ROOT)!r}", first)
@@ -93,6 +95,7 @@ def test_what_is_stored_is_small_and_names_no_machine():
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in CELLS if "outputs" in cell)
     assert not re.search(r"/(home|tmp|root|Users|content|work)/", NOTEBOOK.read_text())
     assert all(len(source.splitlines()) <= 30 for _, source in CODE)
+    assert max(len(line) for _, source in CODE for line in source.splitlines()) <= 110    # what a browser shows
 
 
 def test_its_links_lead_somewhere():

@@ -35,8 +35,9 @@ def copy(tmp_path_factory):
 def done(copy):
     """What it said before it was killed in the middle of training, and after it was started again: about 35 seconds of
     one core."""
-    first = subprocess.Popen(["bash", "speedrun.sh", *FLAGS], cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
+    first = subprocess.Popen(["bash", "speedrun.sh", *FLAGS], cwd=copy, stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.STDOUT, start_new_session=True,
+                             env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"})
     seen = ""
     for line in first.stdout:
         seen += line
@@ -97,8 +98,8 @@ def test_it_trains_with_the_command_of_the_readme():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--quick"], "unknown flag --quick"), (["--price", "two"], "--price takes dollars per hour"), (["--price"], "--price"),
-    (["--runs"], "--runs takes a folder"), (["--dry", "--runs", "/dev/null/x"], "no folder can be made there")])
+    (["--quick"], "unknown flag --quick"), (["--price", "two"], "--price takes dollars per hour"),
+    (["--price"], "--price takes"), (["--runs"], "--runs takes a folder"), (["--dry", "--runs", "/dev/null/x"], "no folder can be made there")])
 def test_a_wrong_flag_is_one_sentence(tmp_path, flags, words):
     """fails if: it is passed over, or ends in a message of bash"""
     shutil.copy(ROOT / "speedrun.sh", tmp_path)

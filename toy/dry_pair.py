@@ -22,7 +22,8 @@ from support.model_config import ModelConfig  # noqa: E402
 SPECIAL = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
 CHAT = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-        "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+        "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{% endif %}")
 SHAPES = {"student": (64, 192, 2), "teacher": (96, 288, 3)}     # width, MLP width, layers
 
 
