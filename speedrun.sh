@@ -42,7 +42,8 @@ begin requirements
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3) || fail "python3 is not installed"
 "$python" -c "import sys; sys.exit(sys.version_info < (3, 10))" || fail "Python 3.10 or newer is needed"
 if ! "$python" -c "import torch, safetensors, tokenizers, numpy, jinja2, huggingface_hub, tqdm" 2>/dev/null; then
-    "$python" -m venv .venv && python=.venv/bin/python
+    "$python" -m venv .venv || fail "no virtual environment can be made here; on Debian, apt install python3-venv"
+    python=.venv/bin/python
     "$python" -m pip install -q -r requirements.txt
 fi
 [ -n "$dry" ] || "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
