@@ -44,7 +44,7 @@ python=$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)
 if ! "$python" -c "import torch, safetensors, tokenizers, numpy, jinja2, huggingface_hub, tqdm" 2>/dev/null; then
     "$python" -m venv .venv || fail "no virtual environment can be made here; on Debian, apt install python3-venv"
     python=.venv/bin/python
-    "$python" -m pip install -q -r requirements.txt
+    "$python" -m pip install -q -r requirements.txt || fail "requirements.txt could not be installed into .venv"
 fi
 [ -n "$dry" ] || "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
     || fail "torch finds no GPU here; bash speedrun.sh --dry goes through all of it on a CPU"
