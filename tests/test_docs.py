@@ -43,6 +43,7 @@ def known_flags():
         found |= {f"--{field.name}"} | ({f"--no-{field.name}"} if field.type is bool else set())
     for script in SCRIPTS:
         found |= set(re.findall(r"add_argument\(f?\"(--\w+)\"", script.read_text()))
+    found |= set(re.findall(r"^ +(--\w+)\) ", (ROOT / "speedrun.sh").read_text(), re.MULTILINE))
     run_all = (ROOT / "tests/attack/run_all.py").read_text()        # makes one of every name in its table
     return found | {f"--{name}" for name in re.findall(r"\"(\w+)\": \(\w+, \d+\)", run_all)} | OF_OTHERS
 
