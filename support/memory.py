@@ -400,6 +400,14 @@ def size_text(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
+def trim() -> None:
+    """Hands the free pages of the heap back to the system, once; elsewhere than under glibc nothing."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
 def give_back_freed_memory() -> None:
     """Tell glibc to hand large freed blocks back to the system at once instead of keeping them in pieces: chunk after
     chunk of logits otherwise leaves a heap of 1.1 full logits tensors behind, with this 0.1 (bench/loss.py). Large is
