@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from extras import compile as compile_extra  # noqa: E402
 from model import Transformer  # noqa: E402
 from support.extras import offers  # noqa: E402
-from support.memory import resident  # noqa: E402
+from support.used_memory import resident  # noqa: E402
 from support.model_config import ModelConfig  # noqa: E402
 
 

@@ -24,7 +24,8 @@ import torch
 from common import peak_memory, reset_peak
 
 import losses
-from support.memory import auto_chunk, give_back_freed_memory
+from support.memory import auto_chunk
+from support.used_memory import give_back_freed_memory
 from teacher import Part
 from train import Config
 

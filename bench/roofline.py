@@ -22,7 +22,7 @@ import torch
 from extras.low_memory import recomputed
 from model import Transformer
 from phases import Phases
-from support.memory import give_back_freed_memory
+from support.used_memory import give_back_freed_memory
 from support.model_config import ModelConfig
 from support.weights import checkpoint_folder, load_model
 from train import Config

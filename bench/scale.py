@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from phases import Phases
-from support.memory import give_back_freed_memory
+from support.used_memory import give_back_freed_memory
 from support.weights import load_model
 from train import Config
 

@@ -74,7 +74,7 @@ class Timer:
 
 def ours(args, folder: Path) -> dict:
     from phases import Phases
-    from support.memory import give_back_freed_memory
+    from support.used_memory import give_back_freed_memory
     from support.weights import load_model
     from train import Config
     give_back_freed_memory()

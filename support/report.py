@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from support.errors import NotFinite, UserError
-from support.memory import size_text, used_memory
+from support.memory import size_text
 from support.page import evaluations
+from support.used_memory import used_memory
 
 # nats per token between the log-probs of sampler and trainer that rounding explains
 SAMPLER_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}

@@ -17,11 +17,11 @@ from support.checkpoint import RunFolder, run_path, started
 from support.errors import NotFinite, UserError, one_line
 from support.extras import offers
 from support.flags import Settings, check_ranges, parse, run_name
-from support.memory import give_back_freed_memory, used_memory
 from support.plan import chosen
 from support.report import check_trackers, closing_line
 from support.setup import check_combinations, set_up
 from support.tokenizer import Tokenizer
+from support.used_memory import give_back_freed_memory, used_memory
 
 # flags that say where and how a run is watched: they may change when it goes on, and no result depends on them
 NOT_THE_RUN = ("name", "runs", "fresh", "wandb", "tensorboard", "plan", "plan_memory", "self_check", "report_only",

@@ -15,7 +15,7 @@ from ledger import Kernel, known, paper_gpu, paper_model  # noqa: E402
 
 sys.path.remove(BENCH)
 from model import Transformer  # noqa: E402
-from support.memory import resident  # noqa: E402
+from support.used_memory import resident  # noqa: E402
 from support.model_config import ModelConfig  # noqa: E402
 
 V, D, M, Q, R, H, L = 160, 32, 48, 4, 2, 8, 2

@@ -21,8 +21,8 @@ import losses
 from extras.fast.ways import SAMPLING, in_use, only, stand_aside
 from model import Transformer
 from rollout import Rollout, assemble, generate
-from support import memory
 from support.errors import NotFinite, UserError
+from support.used_memory import trim
 from teacher import Part
 
 SLOTS = 16
@@ -195,6 +195,6 @@ def prove(run, folder, state) -> None:
             hold("reading", model, Reading(model))
     if "compiled_loss" in tried:
         hold("the loss", run.student, Loss(run))
-    memory.trim()       # what the comparisons leave in the heap would stand beside the whole run
+    trim()      # what the comparisons leave in the heap would stand beside the whole run
     if good := [name for name in tried if name in in_use()]:
         print(f"fast    {', '.join(good)}: as exact as the plain ways ({time.perf_counter() - begun:.1f} s)")
