@@ -15,6 +15,7 @@ import hmac
 import json
 import os
 import socket
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -313,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     said = server.service.said
     print(f"serving at http://{host}:{port}: {said['vocab_size']} tokens, {said['hidden_size']} wide, {said['dtype']}, "
           f"weights {said['weights'][:12]}", flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts its background jobs deaf to Ctrl-C
     with suppress(KeyboardInterrupt):
         server.serve_forever()
     server.server_close()
