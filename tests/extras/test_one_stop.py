@@ -80,7 +80,7 @@ def test_every_loss_is_that_of_the_smaller_vocabulary(name, chunk_rows):
     z_NV, y_NV = two()
     token_N = torch.tensor([2, 4, 7, 0, 8, 3])
     divergence = DIVERGENCES["topk_reverse_kl" if "topk " in name else name if name in DIVERGENCES else "forward_kl"]
-    args = SimpleNamespace(**vars(Config(**DENSE.get(name, {}))), temperature=1.0, chunk_rows=chunk_rows)
+    args = Config(**DENSE.get(name, {}), temperature=1.0, chunk_rows=chunk_rows)
     fields = dict(behavior_logp_N=torch.linspace(-3, -1, 6).double(), advantage_N=torch.linspace(-1, 2, 6).double())
     plain_NV = z_NV.clone().requires_grad_()
     wanted_N = divergence(Rows(smaller(plain_NV.log_softmax(-1)), place(token_N),
