@@ -6,7 +6,6 @@ computed there.
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
