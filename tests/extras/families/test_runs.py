@@ -11,6 +11,7 @@ from helpers import adamw, one_step, ready
 
 from model import MODELS
 from support.errors import UserError
+from support.memory import sized
 from support.model_config import ModelConfig
 from support.weights import load_model
 
@@ -109,3 +110,45 @@ def test_what_a_family_does_not_have_is_one_sentence_that_names_the_key(name, ch
     family, shape = CASES[name]
     with pytest.raises(UserError, match=words):
         ModelConfig.from_dict({**SHAPE, "model_type": family, **shape, **changes})
+
+
+# config.json of published shapes, with the keys that their makers leave out
+
+GEMMA_4B = dict(model_type="gemma3", vision_config=dict(hidden_size=1152), text_config=dict(
+    model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, sliding_window=1024,
+    rope_scaling=dict(factor=8.0, rope_type="linear")))
+OLMO3_7B = dict(model_type="olmo3", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=32, vocab_size=100278, max_position_embeddings=65536, sliding_window=4096,
+                rope_theta=500000, rms_norm_eps=1e-6, rope_scaling=dict(
+                    rope_type="yarn", factor=8.0, original_max_position_embeddings=8192, beta_fast=32.0, beta_slow=1.0,
+                    attention_factor=1.2079441541679836))
+QWEN3_30B = dict(model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+                 num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936, num_experts=128,
+                 num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1,
+                 mlp_only_layers=[], rope_theta=1e6, sliding_window=None, use_sliding_window=False, max_window_layers=48,
+                 max_position_embeddings=40960, router_aux_loss_coef=0.001)
+PHI4 = dict(model_type="phi3", hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
+            num_key_value_heads=10, vocab_size=100352, max_position_embeddings=16384, rope_theta=250000, rope_scaling=None,
+            sliding_window=None, original_max_position_embeddings=16384, rms_norm_eps=1e-5)
+SMOLLM3 = dict(model_type="smollm3", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+               num_attention_heads=16, num_key_value_heads=4, vocab_size=128256, max_position_embeddings=65536,
+               rope_theta=5e6, no_rope_layer_interval=4, use_sliding_window=False, sliding_window=None)
+
+
+@pytest.mark.parametrize("raw, billions", [(GEMMA_4B, 3.88), (OLMO3_7B, 7.30), (QWEN3_30B, 30.53), (PHI4, 14.66),
+                                           (SMOLLM3, 3.08)], ids=lambda x: str(x)[:30])
+def test_published_shapes_have_the_size_that_they_are_known_by(raw, billions):
+    """fails if: a default is wrong, a matrix is missing, or experts are counted once."""
+    assert sized(ModelConfig.from_dict(raw)).weights / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_what_published_files_leave_out_is_filled_in():
+    """fails if: a layer is of the other kind, or a rope belongs to the other kind of layer."""
+    gemma, olmo = ModelConfig.from_dict(GEMMA_4B), ModelConfig.from_dict(OLMO3_7B)
+    assert gemma.own["windows"] == [None if (layer + 1) % 6 == 0 else 1024 for layer in range(34)]
+    assert [rope["rope_theta"] for rope in gemma.own["ropes"].values()] == [1e6, 1e4]
+    assert [rope["rope_type"] for rope in gemma.own["ropes"].values()] == ["linear", "default"]
+    assert (gemma.num_attention_heads, gemma.num_key_value_heads, gemma.head_dim, gemma.tie_word_embeddings) == (8, 4, 256, True)
+    assert olmo.own["windows"] == [None if (layer + 1) % 4 == 0 else 4096 for layer in range(32)]
+    assert [rope["rope_type"] for rope in olmo.own["ropes"].values()] == ["yarn", "default"]
+    assert [bool(turn) for turn in ModelConfig.from_dict(SMOLLM3).own["turns"]] == [(n + 1) % 4 != 0 for n in range(36)]
