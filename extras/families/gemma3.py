@@ -25,6 +25,15 @@ class ShiftedNorm(RMSNorm):
         return F.rms_norm(x.to(exact), weight.shape, weight, self.eps).to(x.dtype)
 
 
+@torch.no_grad()
+def scale_by_one(model):
+    """Fresh norms of this kind: their weight is what is added to 1."""
+    for module in model.modules():
+        if isinstance(module, ShiftedNorm):
+            module.weight.zero_()
+    return model
+
+
 class GeluMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -60,13 +69,8 @@ class Gemma3(TextPart, TwoRopes):
         x_BTD = super().embed(tokens_BT).to(self.compute_dtype)
         return x_BTD * torch.tensor(self.config.hidden_size ** 0.5, dtype=self.compute_dtype).item()
 
-    @torch.no_grad()
     def init_weights(self, seed: int):
-        super().init_weights(seed)
-        for module in self.modules():
-            if isinstance(module, ShiftedNorm):
-                module.weight.zero_()
-        return self
+        return scale_by_one(super().init_weights(seed))
 
 
 def gemma3(read: Reader) -> dict:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.families.gemma3 import ShiftedNorm
+from extras.families.gemma3 import ShiftedNorm, scale_by_one
 from extras.families.text_part import TextPart, text_config
 from model import MLP, MODELS, Attention, Causal, KVCache, Linear, RMSNorm, Transformer, rope_frequencies, rotate
 from support.errors import UserError, shown
@@ -276,10 +276,8 @@ class Qwen35(TextPart, Transformer):
     @torch.no_grad()
     def init_weights(self, seed: int):
         """The norms scale by 1; decays spread as in Mamba 2: exp(A_log) from 1/64 to 16, dt_bias 1."""
-        super().init_weights(seed)
+        scale_by_one(super().init_weights(seed))
         for module in self.modules():
-            if isinstance(module, ShiftedNorm):
-                module.weight.zero_()
             if isinstance(module, DeltaNet):
                 module.out_proj.weight /= math.sqrt(2 * self.config.num_hidden_layers)
                 module.A_log.copy_(torch.linspace(1 / 64, 16, module.heads).log())
