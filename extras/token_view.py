@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses import ADVANTAGES, USES_ADVANTAGE, Rows, group_advantage
+from losses import ADVANTAGES, USES_ADVANTAGE, group_advantage
 from rollout import generate
 from support import memory
 from support.flags import opt
-from support.metrics import diagnostics
 from support.run_folder import write_text, writing
 from teacher import Batch, Nobody, Part, Teacher
 
@@ -115,7 +114,7 @@ def told(run, batch: Batch, parts: list, credit: dict[str, Tensor], chosen) -> l
     for b in chosen:
         row_n = (rollout.sequence_N == b).nonzero().squeeze(1)[:TOKENS]
         part = next(part for part in parts if (part.sequence_b == b).any())
-        columns, top = beside(student, part, row_n, run, theirs := tokenizer_of(run, batch.problems[b]))
+        columns, top = beside(student, part, row_n, run, credit, theirs := tokenizer_of(run, batch.problems[b]))
         columns |= {name: value_N[row_n] for name, value_N in credit.items()}
         asked = batch.problems[b].prompt
         found.append({
@@ -127,36 +126,56 @@ def told(run, batch: Batch, parts: list, credit: dict[str, Tensor], chosen) -> l
     return found
 
 
-def beside(student: Part, part, row_n: Tensor, run, theirs) -> tuple[dict[str, Tensor], list[list]]:
+NOTED = {"kl": ("reverse_kl",), "kl_at_least": ("reverse_kl_at_least", "coarse_kl"),
+         "student_entropy": ("student_entropy",), "teacher_entropy": ("teacher_entropy",)}      # ours: run.observe's
+
+
+def beside(student: Part, part, row_n: Tensor, run, credit: dict[str, Tensor], theirs) -> tuple[dict, list[list]]:
     """({name: (n,)}, the likeliest tokens of student and teacher) of these rows; NaN and nothing where the teacher has
     no distribution beside a row."""
     found: dict[str, list[Tensor]] = {}
     tops: list[list] = []
     for few_n in row_n.split(run.cfg.chunk_rows):
         logits_nV = student.fields(few_n)["teacher_logits_NV"].clone()
+        own = {"token_N": student.token_N[few_n], "behavior_logp_N": credit["behavior_logp"][few_n]}
         fields = part.fields(few_n)
-        rows = part.rows(logits_nV, fields | {"token_N": student.token_N[few_n]})
-        mine_n = likeliest(logits_nV, run.tokenizer)
-        if getattr(rows, "teacher_NV", None) is None:
-            tops += [[mine, []] for mine in mine_n]
-            continue
-        paired_n = getattr(rows, "paired_N", torch.ones_like(few_n, dtype=torch.bool))
-        noted = {"kl": "reverse_kl", "student_entropy": "student_entropy", "teacher_entropy": "teacher_entropy"}
-        values = diagnostics(rows)
-        for name, source in noted.items():
-            found.setdefault(name, []).append(torch.where(paired_n, values[source], torch.nan))
-        their_n = likeliest(fields["teacher_logits_NV"], theirs)
-        tops += [[mine, their if paired else []] for mine, their, paired in zip(mine_n, their_n, paired_n.tolist())]
-        if isinstance(rows, Rows):
+        rows = part.rows(logits_nV, fields | own)
+        values = run.observe(rows, part.top_ids(logits_nV, fields | own))
+        for name, sources in NOTED.items():
+            found.setdefault(name, []).extend(values[source].double() for source in sources if source in values)
+        if hasattr(rows, "teacher_logp_N") and len(fields):
             found.setdefault("teacher_logp", []).append(rows.teacher_logp_N())
-    return {name: torch.cat(values) for name, values in found.items()}, tops
+        told_n = paired(rows, few_n, what_is_told(rows, fields, theirs))
+        tops += map(list, zip(likeliest(logits_nV, run.tokenizer), told_n))
+    return {name: torch.cat(values) for name, values in found.items() if values}, tops
+
+
+def paired(rows, row_n: Tensor, told_n: list) -> list:
+    """Across tokenizers some rows stand beside no distribution of the teacher."""
+    paired_N = getattr(rows, "paired_N", torch.ones_like(row_n, dtype=torch.bool)).tolist()
+    return [told if beside else [] for told, beside in zip(told_n, paired_N)]
+
+
+def what_is_told(rows, fields: dict[str, Tensor], tokenizer) -> list[list]:
+    """The teacher's likeliest tokens: by its distribution, or those that it told."""
+    if "teacher_logits_NV" in fields:
+        return likeliest(fields["teacher_logits_NV"], tokenizer)
+    id_NK, logp_NK = (fields.get(name, getattr(rows, other, None)) for name, other in
+                      (("told_id_NK", "id_NK"), ("told_logp_NK", "top_NK")))
+    if id_NK is None:
+        return [[] for _ in range(len(rows.student_NV))]
+    return with_shares(id_NK[:, :TOP], logp_NK[:, :TOP].float().exp(), tokenizer)
 
 
 def likeliest(logits_nV: Tensor, tokenizer) -> list[list]:
     """[[token, probability], ...] of each row, the likeliest first."""
     top_nk = logits_nV.float().softmax(-1).topk(min(TOP, logits_nV.shape[1]))
+    return with_shares(top_nk.indices, top_nk.values, tokenizer)
+
+
+def with_shares(id_nk: Tensor, share_nk: Tensor, tokenizer) -> list[list]:
     return [list(map(list, zip(pieces(tokenizer, ids), map(short, shares))))
-            for ids, shares in zip(top_nk.indices.tolist(), top_nk.values.tolist())]
+            for ids, shares in zip(id_nk.tolist(), share_nk.tolist())]
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:

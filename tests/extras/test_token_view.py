@@ -101,3 +101,16 @@ def test_across_tokenizers_both_cuts_hold_the_same_chunks(tmp_path, world):
             mine, theirs = ("".join(piece for piece, c in zip(pieces, chunks) if c == chunk) for pieces, chunks in
                             ((sample["pieces"], sample["chunks"]), (sample["their_pieces"], sample["their_chunks"])))
             assert mine.strip() == theirs.strip() or mine.startswith("<") or "�" in mine + theirs
+
+
+@pytest.mark.parametrize("flags", [
+    dict(divergence="topk_reverse_kl", support="teacher", topk_form="tail", topk=4, cache_topk=5),
+    dict(divergence="policy_gradient", cache_topk=1)], ids=str)
+def test_of_a_teacher_that_told_its_likeliest_tokens_only_those_are_shown(flags, command, tmp_path):
+    """fails if: a run ends because something is not known, or what is not known is shown as a number."""
+    assert train.main(command(cache_teacher=tmp_path / "told", **flags)) == 0
+    for view in views(tmp_path / "runs/a").values():
+        for sample in view["training"]:
+            assert all(x is None for x in sample["columns"]["kl"]) and all(x >= 0 for x in sample["columns"]["kl_at_least"])
+            assert all(len(theirs) == flags["cache_topk"] for _, theirs in sample["top"])
+            assert all(x is not None for x in sample["columns"]["teacher_logp"])
