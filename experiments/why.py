@@ -191,11 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=5, choices=(1, 2, 3, 5), help="training seeds (default: 5)")
     parser.add_argument("--runs", type=Path, default=Path("runs/why"), help="where models and runs are kept")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), choices=range(1, len(NOTATIONS) + 1),
+                        help="notations of the teacher (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed, N = 4, opd and sft, one learning rate")
     args = parser.parse_args()
-    counts, steps, folder = [4] if args.quick else list(COUNTS), 60, args.runs / "made"
+    counts, steps, folder = [4] if args.quick else args.counts, 60, args.runs / "made"
     seeds = 1 if args.quick else args.seeds
-    make_models(folder, counts, [0] if args.quick else [*range(min(seeds, PRETRAINED)), PILOT])
+    make_models(folder, sorted({*counts, 4}), [0] if args.quick else [*range(min(seeds, PRETRAINED)), PILOT])
     arms = {label: f"{command} --lr 1e-4" for label, command in ARMS.items()}
     if args.quick:
         arms = {label: arms[label] for label in (list(ARMS)[0], list(ARMS)[3])}

@@ -116,9 +116,8 @@ class Server:
                                     f"that it names, or how the server was started") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 said = shown(one_line(getattr(error, "reason", None) or error))
-        raise UserError(f"--teacher {self.address} does not answer {path} ({said}; asked {attempt + 1} times, "
-                        f"{self.cfg.api_deadline:g} seconds each); is the server up? The same command goes on from the "
-                        f"last checkpoint")
+        raise UserError(f"--teacher {self.address} does not answer {path} ({said}; asked {attempt + 1} times); is "
+                        f"the server up? The same command goes on from the last checkpoint, if there is one")
 
     def once(self, path: str, body: dict | None, most: int) -> dict:
         until = time.monotonic() + self.cfg.api_deadline

@@ -64,7 +64,8 @@ def gather(core: type, recipes: dict[str, Recipe], groups: dict[str, str], extra
     found = {title: tuple(names.split()) for title, names in groups.items()}
     for extra in extras:
         if hasattr(extra, "Flags"):
-            found[extra.__doc__.split(".")[0].split("\n")[0]] = tuple(f.name for f in fields(extra.Flags))
+            title = re.split(r"[.:]\s", " ".join(extra.__doc__.split()), maxsplit=1)[0]
+            found[title] = tuple(f.name for f in fields(extra.Flags))
         recipes = recipes | getattr(extra, "RECIPES", {})
     known = {name for names in found.values() for name in names}
     for f in fields(config):

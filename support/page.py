@@ -132,7 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or args.run[0] / "report.html"
         if len(args.run) > 1 and not args.out:
             raise UserError("several runs: say where the page goes, --out compared.html")
-        write_text(out, page([read_run(path) for path in args.run]))
+        found = [read_run(path) for path in args.run]
+        if not out.parent.is_dir():
+            raise UserError(f"the folder {shown(out.parent)} does not exist; make it, or choose another --out")
+        write_text(out, page(found))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,8 +24,8 @@ from support.tokenizer import Tokenizer
 from support.used_memory import give_back_freed_memory, used_memory
 
 # flags that say where and how a run is watched: they may change when it goes on, and no result depends on them
-NOT_THE_RUN = ("name", "runs", "fresh", "wandb", "tensorboard", "plan", "plan_memory", "self_check", "report_only",
-               "compare_teacher", "teacher_token", "teacher_deadline")
+NOT_THE_RUN = ("name", "runs", "fresh", "quiet", "token_view", "wandb", "tensorboard", "plan", "plan_memory",
+               "self_check", "report_only", "compare_teacher", "teacher_token", "teacher_deadline")
 
 
 @contextmanager

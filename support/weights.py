@@ -37,10 +37,13 @@ def checkpoint_folder(name: str, weights: bool = True) -> Path:
             return folder
     folder = Path(os.path.expanduser(name))     # os.path: any name at all is looked up without an exception
     if os.path.isdir(folder):
+        if (folder / "last").is_dir() and not (folder / "tokenizer.json").exists():
+            raise UserError(f"{shown(name)} is the folder of a run; its checkpoints are {shown(folder / 'last')} and "
+                            f"{shown(folder / 'best')}")
         return folder
     if os.path.lexists(folder):
         raise UserError(f"{shown(name)} is a file; a model is given as its folder or as a hub id")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or os.path.isdir(name.partition("/")[0]):
         raise UserError(f"no such folder: {shown(name)}; give a folder with config.json and *.safetensors, or a hub "
                         f"id owner/name")
     from huggingface_hub import snapshot_download
