@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from rollout import generate
-from support.memory import give_back_freed_memory
+from support.used_memory import give_back_freed_memory
 from support.weights import checkpoint_folder, load_model
 
 

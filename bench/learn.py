@@ -31,7 +31,7 @@ import train
 from eval import test
 from support.extras import offers
 from support.flags import parse
-from support.memory import give_back_freed_memory
+from support.used_memory import give_back_freed_memory
 from support.report import Clock
 from support.setup import Run, set_up
 
