@@ -14,8 +14,8 @@ import argparse
 import hmac
 import json
 import os
-import socket
 import signal
+import socket
 import sys
 import threading
 from contextlib import suppress
@@ -30,9 +30,9 @@ from torch import Tensor
 from extras import fast
 from extras.fast import merged, ways
 from extras.fast.flash import Packed
-from extras.remote_wire import (CHECKSUM, MOST_TOPK, NOTHING, PROTOCOL, SMALL_FILES, SPARE, TOKEN, WEIGHTS,
+from extras.remote_wire import (CHECKSUM, MOST_TOPK, PROTOCOL, SMALL_FILES, SPARE, TOKEN, WEIGHTS,
                                 digest, packed, unpacked, weights_hash)
-from losses import top_ids
+from extras.topk_part import told_of
 from support.errors import UserError, one_line, shown
 from support.files import checkpoint_file
 from support.flags import Parser
@@ -40,7 +40,7 @@ from support.memory import compute_dtype
 from support.setup import check_vocabulary, choose_device
 from support.tokenizer import Tokenizer
 from support.weights import checkpoint_folder, load_model, set_threads
-from teacher import TOLD, log_probs
+from teacher import log_probs
 
 CONNECTIONS = 64        # at once; the next one is told to come back
 SECONDS = 60            # within which a whole request must have arrived
@@ -89,14 +89,8 @@ class Service:
         head_VE, found = self.model.head(), []
         rows = max(1, CHUNK_ENTRIES // len(head_VE))
         for hidden_nE, token_n in zip(hidden_NE.split(rows), token_N.split(rows)):
-            logp_nV = log_probs(hidden_nE, head_VE, temperature)
-            id_nK = top_ids(logp_nV, k)
-            told = (TOLD[name](logp_nV, token_n) for name in ("teacher_logp_N", "teacher_entropy_N"))
-            top_nK = logp_nV.gather(1, id_nK)
-            # summed from its own entries: 1 - (mass of the top k) loses all digits when that mass is near 1
-            tail_n = logp_nV.scatter(1, id_nK, NOTHING).logsumexp(-1)
-            found.append((top_nK, id_nK.int(), tail_n, *told))
-        names = ("top_NK", "id_NK", "tail_N", "logp_N", "entropy_N")
+            found.append(told_of(log_probs(hidden_nE, head_VE, temperature), token_n, k))
+        names = ("id_NK", "top_NK", "tail_N", "logp_N", "entropy_N")        # of Told's fields, in their order
         return {name: torch.cat(parts) for name, parts in zip(names, zip(*found))}
 
     def checked(self, body: bytes) -> dict[str, Tensor]:

@@ -23,11 +23,11 @@ from extras import topk_part
 from extras.elsewhere import ELSEWHERE, addresses
 from extras.given import has_teacher_write
 from extras.teacher_store import Entry, Store, digest
-from extras.topk_part import Told, TopKPart, rules_for_topk
+from extras.topk_part import Told, TopKPart, rules_for_topk, told_of
 from support import memory
 from support.errors import UserError, read_json, shown
 from support.flags import opt
-from teacher import TOLD, Batch, Part, Teacher, log_probs
+from teacher import Batch, Part, Teacher, log_probs
 
 PREFIX = "cache:"
 SAMPLED_BLOCKS, BLOCK = 256, 4096       # of each weights file that its hash sees, beside its header
@@ -162,14 +162,11 @@ def stored_part(store: Store, entries: list[Entry], batch: Batch, sequence_b: Te
 
 @torch.no_grad()
 def likeliest(part: Part, k: int) -> dict[str, Tensor]:
-    """Told of the rows of a part of hidden states, in their order; the tail summed from its own entries."""
+    """Told of the rows of a part of hidden states, in their order."""
     found = []
     for row_n in (part.place_N >= 0).nonzero().squeeze(1).split(part.cfg.chunk_rows):
         logp_nV = log_probs(part.hidden_nE[part.place_N[row_n]], part.head_VE, part.cfg.temperature)
-        logp_nK, id_nK = logp_nV.topk(min(k, logp_nV.shape[1]))
-        tail_n = logp_nV.scatter(1, id_nK, -1e30).logsumexp(1)
-        said = (tell(logp_nV, part.token_N[row_n]) for tell in TOLD.values())
-        found.append(Told(id_nK.int(), logp_nK, tail_n, *said))
+        found.append(told_of(logp_nV, part.token_N[row_n], k))
     return {name: torch.cat(values) for name, values in zip(Told._fields, zip(*found))}
 
 

@@ -95,7 +95,7 @@ class View:
 def varied(batch: Batch, weight_N: Tensor) -> list[int]:
     """Responses that differ: right and wrong, dropped and kept, cut and finished, as far as there are such."""
     kept_B = torch.zeros(len(batch.asked)).index_add(0, batch.rollout.sequence_N.cpu(), weight_N.cpu().float()) > 0
-    kinds: dict[tuple, list[int]] = {}
+    kinds: dict[str, list[int]] = {}        # a kind as text: NaN, a reward that nobody knows, equals itself there
     for b, kind in enumerate(zip(batch.reward_B.tolist(), kept_B.tolist(), batch.rollout.finished_B.tolist())):
         kinds.setdefault(str(kind), []).append(b)
     chosen: list[int] = []

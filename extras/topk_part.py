@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from extras.remote_wire import NOTHING
 from losses import DIVERGENCES, Rows, top_ids, upcast
 from support.metrics import DIAGNOSTIC_K
 from support.setup import asked_signals
-from teacher import Untaught
+from teacher import TOLD, Untaught
 
 TOPK_LOSSES, SUPPORTS = ("topk_reverse_kl", "topk_forward_kl"), ("teacher", "intersection")
 SAMPLED_LOSSES = ("policy_gradient", "k2", "cross_entropy")
@@ -79,6 +80,15 @@ class Told(NamedTuple):
     tail_logp_n: Tensor
     token_logp_n: Tensor
     entropy_n: Tensor | None = None
+
+
+def told_of(logp_nV: Tensor, token_n: Tensor, k: int) -> Told:
+    """What a whole distribution says of its k likeliest tokens. The tail is summed from its own entries: 1 - (mass of
+    the top k) loses all digits when that mass is near 1."""
+    id_nK = top_ids(logp_nV, k)
+    tail_n = logp_nV.scatter(1, id_nK, NOTHING).logsumexp(-1)
+    drawn_n, entropy_n = (TOLD[name](logp_nV, token_n) for name in ("teacher_logp_N", "teacher_entropy_N"))
+    return Told(id_nK.int(), logp_nV.gather(1, id_nK), tail_n, drawn_n, entropy_n)
 
 
 def topk_part(rollout, sequence_b: Tensor, answers: list[Told]) -> TopKPart:

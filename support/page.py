@@ -23,10 +23,10 @@ from support.run_folder import is_run, write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 POINTS = 300            # of a curve; longer ones become the means of as many groups of steps
-QUARTERS = ("reverse_kl", "student_entropy", "teacher_entropy", "overlap_ratio", "advantage", "weight", "sampled_entropy")
-CURVES = ("loss", "forward_kl", *QUARTERS, "mean_length", "truncation_rate", "reward", "sampler_gap", "grad_norm", "kept",
-          "repetition_rate", "lr", "seconds", "strict_coverage", "masked_share", "router_loss", "busiest_expert",
-          "importance_ratio")
+QUARTERS = "reverse_kl", "student_entropy", "teacher_entropy", "overlap_ratio", "advantage", "weight"
+CURVES = ("loss", "reverse_kl", "forward_kl", "overlap_ratio", "student_entropy", "teacher_entropy", "mean_length",
+          "truncation_rate", "reward", "grad_norm", "sampler_gap", "advantage", "kept", "importance_ratio",
+          "strict_coverage", "busiest_expert", "repetition_rate", "seconds")      # page.html draws each of these
 ALIKE = {"seed", "name", "runs"}        # settings in which the runs of one line may differ
 
 
@@ -41,9 +41,9 @@ def records(path: Path) -> list[dict]:
     return [record for record in found if isinstance(record, dict)]
 
 
-def evaluations(metrics: Path) -> list[tuple[int, dict]]:
-    """(step, metrics) of every evaluation of the student, in order."""
-    return sorted({record["step"]: record["eval"] for record in records(metrics) if "eval" in record}.items())
+def evaluations(found: list[dict]) -> list[tuple[int, dict]]:
+    """(step, metrics) of every evaluation of the student among these records, in order."""
+    return sorted({record["step"]: record["eval"] for record in found if "eval" in record}.items())
 
 
 def number(x) -> float | None:
@@ -69,7 +69,7 @@ def read_run(path: Path) -> dict:
     config = next((record["config"] for record in found if "config" in record), {})
     steps = {record["step"]: record for record in found if "loss" in record}       # a step taken again counts once
     teacher = next((record["eval_teacher"] for record in found if record.get("eval_teacher")), None)
-    order, evals = sorted(steps), evaluations(path / "metrics.jsonl")
+    order, evals = sorted(steps), evaluations(found)
     names = [*CURVES, *(f"{name}/q{n}" for name in QUARTERS for n in range(1, 5))]
     series = {name: thinned(order, [number(steps[step].get(name)) for step in order]) for name in names}
     summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").is_file() else {}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from support.errors import NotFinite, UserError
 from support.memory import size_text
-from support.page import evaluations
+from support.page import evaluations, records
 from support.used_memory import used_memory
 
 # nats per token between the log-probs of sampler and trainer that rounding explains
@@ -178,7 +178,7 @@ def closing_line(folder, summary: dict) -> str:
                        + (f" ({t['tokens_per_second']:,.0f} tokens/s)" if t["tokens_per_second"] else "")
                        for phase, t in summary["timings"].items())
     return (f"done    held-out {change(summary['before'], summary['after'], summary['teacher'])} in "
-            f"{summary['steps']} steps, {summary['seconds']:.0f} s\n{curve_line(evaluations(folder.metrics))}"
+            f"{summary['steps']} steps, {summary['seconds']:.0f} s\n{curve_line(evaluations(records(folder.metrics)))}"
             f"        {shares}, peak memory {size_text(summary['peak_memory'])}\n"
             f"        sampler and trainer at most {summary['sampler_gap']:.1e} nats per token apart\n"
             f"        in {folder.path}: the trained model last/, the best one best/, metrics.jsonl, samples/, "

@@ -13,7 +13,13 @@ from extras import remote_line, serve_teacher
 @contextmanager
 def serving(model, *flags, port=0):
     """The address of this checkpoint, served as `python -m extras.serve_teacher` does."""
-    server = serve_teacher.make_server(["--model", str(model), "--port", str(port), *flags])
+    with listening(serve_teacher.make_server(["--model", str(model), "--port", str(port), *flags])) as url:
+        yield url
+
+
+@contextmanager
+def listening(server):
+    """The address of a server that answers in a thread."""
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -87,13 +93,6 @@ class Passing(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
 def line_to(url, fault):
-    """The address of a Line to this server."""
-    server = Line(url, fault)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    """The address of a Line to this server, while it is a context."""
+    return listening(Line(url, fault))

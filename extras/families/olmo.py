@@ -52,7 +52,8 @@ class Olmo3(TwoRopes):
     layer_type = Olmo3Layer
 
     def frequencies_of(self, rope: dict) -> Tensor:
-        return yarn(rope, self.config.head_dim) if rope["rope_type"] == "yarn" else super().frequencies_of(rope)
+        plain = super().frequencies_of(rope)
+        return yarn(plain, rope) if rope["rope_type"] == "yarn" else plain
 
     def rope(self, at_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         full, found = self.config.own["ropes"][FULL], super().rope(at_BT)
@@ -61,11 +62,11 @@ class Olmo3(TwoRopes):
         return found
 
 
-def yarn(rope: dict, dim: int) -> Tensor:
-    """Angle per position of each pair of channels, (dim/2,), after YaRN: channels that turn more than beta_fast times in
+def yarn(plain: Tensor, rope: dict) -> Tensor:
+    """The plain angles per position of each pair of channels, (dim/2,), after YaRN: channels that turn more than beta_fast times in
     the old context keep their pace, those that turn less than beta_slow times go `factor` times slower, and between
     them (by the channel's number) the two are blended."""
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
+    dim = 2 * len(plain)
 
     def channel(turns: float) -> float:
         return dim * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi)) \

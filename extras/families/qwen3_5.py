@@ -18,17 +18,17 @@ Not here: the vision tower and the layers that guess several tokens ahead (mtp),
 loaded: what is saved is the text decoder.
 """
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extras.families.gemma3 import ShiftedNorm, scale_by_one
+from extras.families.partial_rope import partial_frequencies, partial_rope, turned_in_part
 from extras.families.text_part import TextPart, text_config
-from model import MLP, MODELS, Attention, Causal, KVCache, Linear, RMSNorm, Transformer, rope_frequencies, rotate
+from model import MLP, MODELS, Attention, Causal, KVCache, Linear, RMSNorm, Transformer
 from support.errors import UserError, shown
-from support.model_config import FAMILIES, Family, Key, ModelConfig, Reader, rope_settings
+from support.model_config import FAMILIES, Family, Key, ModelConfig, Reader
 
 CHUNK = 64      # tokens of delta_rule that are one triangular system; small ones leave the loop, large ones the system
 KINDS = "linear_attention", "full_attention"
@@ -68,17 +68,6 @@ def settings(read: Reader) -> dict:
         raise UserError(f"{where}: layer_types {shown(kinds, 90)} is not supported, only num_hidden_layers = {layers} "
                         f"times {' or '.join(map(repr, KINDS))}, the latter at least once")
     return dict(qk_norm=True, own={**own, "layer_types": kinds}, raw=text_config(read, "Qwen3_5ForCausalLM"))
-
-
-def rope(read: Reader) -> dict:
-    """rope_settings, and how many channels of a head are turned. The axes of images (mrope) are one in text."""
-    found, width = rope_settings(read), read("head_dim")
-    factor = found.setdefault("partial_rotary_factor", read("partial_rotary_factor"))
-    found["turned"] = int(width * factor)
-    if found["turned"] < 2 or found["turned"] % 2:
-        raise UserError(f"{read.where}: partial_rotary_factor {factor:g} of head_dim {width} is {found['turned']} "
-                        f"channels; rope turns them in pairs")
-    return found
 
 
 # The delta rule
@@ -179,12 +168,6 @@ class GatedAttention(Attention):
         return self.o_proj(keys.attend(self.layer, q, k, v, seen) * gate.sigmoid())
 
 
-def turned_in_part(x_BTnH: Tensor, cos_BT1h: Tensor, sin_BT1h: Tensor) -> Tensor:
-    """The first h channels of each head turned."""
-    h = cos_BT1h.shape[-1]
-    return torch.cat((rotate(x_BTnH[..., :h], cos_BT1h, sin_BT1h), x_BTnH[..., h:]), -1)
-
-
 class DeltaNet(nn.Module):
     """number: its place among the layers of its kind, and so in the cache."""
 
@@ -271,7 +254,7 @@ class Qwen35(TextPart, Transformer):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__(config, compute_dtype)
         self.model.norm = ShiftedNorm(config.hidden_size, config.rms_norm_eps)
-        self.rope_frequencies = rope_frequencies(replace(config, head_dim=config.rope["turned"]))
+        self.rope_frequencies = partial_frequencies(config)
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -285,5 +268,5 @@ class Qwen35(TextPart, Transformer):
         return self
 
 
-FAMILIES["qwen3_5_text"] = Family(KEYS, settings, rope)
+FAMILIES["qwen3_5_text"] = Family(KEYS, settings, partial_rope)
 MODELS["qwen3_5_text"] = Qwen35

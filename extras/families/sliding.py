@@ -43,10 +43,16 @@ def settings(read: Reader, slides, **own) -> dict:
     return {"context": context, "own": {"kinds": kinds, "windows": windows, **own}}
 
 
+def switched(read: Reader) -> Reader:
+    """The same file, without windows unless use_sliding_window says so."""
+    if read("use_sliding_window"):
+        return read
+    return Reader({**read.raw, "layer_types": None, "sliding_window": None}, read.where, read.family)
+
+
 def upper_layers(read: Reader) -> dict:
-    """qwen2, qwen3: the layers from max_window_layers on, if use_sliding_window says so."""
-    if not read("use_sliding_window"):
-        read = Reader({**read.raw, "layer_types": None, "sliding_window": None}, read.where, read.family)
+    """qwen2, qwen3: the layers from max_window_layers on."""
+    read = switched(read)
     return settings(read, lambda layer: read("sliding_window") and layer >= read("max_window_layers"))
 
 

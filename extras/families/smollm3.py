@@ -1,7 +1,7 @@
 """SmolLM3: a Llama every fourth layer of which has no rope (NoPE, arXiv:2501.18795)."""
 from torch import Tensor
 
-from extras.families.sliding import KEYS, SlidingLayer, settings
+from extras.families.sliding import KEYS, SlidingLayer, settings, switched
 from model import MODELS, Causal, Transformer
 from support.errors import UserError, shown
 from support.model_config import FAMILIES, Family, Key, ModelConfig, Reader
@@ -28,8 +28,7 @@ def smollm3(read: Reader) -> dict:
     if len(turns) != count or not all(isinstance(turn, int) for turn in turns):
         raise UserError(f"{read.where}: no_rope_layers {shown(turns, 90)} is not supported, only 0 or 1 for each of the "
                         f"{count} layers")
-    if not read("use_sliding_window"):
-        read = Reader({**read.raw, "layer_types": None, "sliding_window": None}, read.where, read.family)
+    read = switched(read)
     return settings(read, lambda layer: read("sliding_window") and not turns[layer], turns=turns)
 
 
