@@ -99,8 +99,8 @@ class KVCache(Causal):
         return masked_attention(q_BTQH, keys[:B, :, :S], values[:B, :, :S], mask_B1TS)
 
     def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor) -> None:
-        """Slots `to` become copies of `source`'s slots `rows` (int64), before `longest`: one prefilled prompt serves all
-        its samples, and a slot moves when `source` is this cache."""
+        """Slots `to` become copies of `source`'s slots `rows` (int64), before `longest`: one prefilled prompt serves
+        all its samples, and a slot moves when `source` is this cache."""
         n = source.longest
         for mine, theirs in zip(self.keys + self.values, source.keys + source.values):
             mine[to, :, :n] = theirs[rows, :, :n]

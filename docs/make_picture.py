@@ -1,4 +1,4 @@
-"""Make picture: runs as curves, and a few coloured responses, in one SVG file, written by hand, without further packages.
+"""Make picture: runs as curves and a few coloured responses, in one SVG file, written by hand, without more packages.
 
     python train.py --name opd && python train.py --recipe sft --name sft && python train.py --recipe grpo --name grpo
     python docs/make_picture.py runs/opd runs/sft runs/grpo     # docs/run.svg, the picture in README.md
@@ -125,7 +125,8 @@ def answers(views: list[dict]) -> list[str]:
     for view, kept in zip(views, samples):
         sample, x = kept[number], PANELS[0][0] + 96
         rows.append(text(PANELS[0][0] + 84, y, f"step {view['step']}", "end"))
-        shown = [(sample["prompt"], None), *zip(sample["pieces"], sample["columns"].get("kl") or [0.0] * len(sample["pieces"]))]
+        kls = sample["columns"].get("kl") or [0.0] * len(sample["pieces"])
+        shown = [(sample["prompt"], None), *zip(sample["pieces"], kls)]
         for piece, kl in shown:
             width = CHARACTER * len(piece) + 3
             if x + width > PANELS[1][1] - 40:
@@ -133,12 +134,12 @@ def answers(views: list[dict]) -> list[str]:
                 break
             if kl is not None:
                 depth = min(1.0, (kl / 2) ** 0.5)
-                rows.append(f'<rect x="{x:.1f}" y="{y - 13}" width="{width - 1:.1f}" height="18" rx="2" fill="{ORANGE}" '
-                            f'fill-opacity="{0.06 + 0.64 * depth:.2f}"/>')
+                rows.append(f'<rect x="{x:.1f}" y="{y - 13}" width="{width - 1:.1f}" height="18" rx="2" '
+                            f'fill="{ORANGE}" fill-opacity="{0.06 + 0.64 * depth:.2f}"/>')
             rows.append(f'<text x="{x + 1:.1f}" y="{y}" font-family="Menlo, Consolas, monospace" font-size="13" '
                         f'fill="{GREY if kl is None else INK}" textLength="{width - 3:.1f}">{escape(piece)}</text>')
             x += width + 8 * (kl is None)
-        verdict = {True: "right", False: "wrong"}.get(sample["right"] if sample["right"] is None else bool(sample["right"]))
+        verdict = {1: "right", 0: "wrong"}.get(sample["right"])
         if verdict:
             rows.append(text(PANELS[1][1], y, verdict, "end", colour=GREY))
         y += ROW

@@ -61,8 +61,8 @@ def rows() -> str:
             if inside:
                 drawn.append(text(x + CELL / 2 - 1, y + 32, str(row), size=9, colour=BLUE))
                 row += 1
-    words = (f"tokens_BT of four sequences; blue: mask_BT, the student's own tokens, numbered as the N = {row} rows of the "
-             f"step; ■ a control token")
+    words = (f"tokens_BT of four sequences; blue: mask_BT, the student's own tokens, numbered as the N = {row} rows of "
+             f"the step; ■ a control token")
     return drawing([text(left, 26, words, "start"), *drawn], 46 + 52 * len(problems))
 
 
@@ -94,14 +94,15 @@ def gradients() -> str:
             if values is None:
                 pairs = ((P[i], BLUE, 2), (Q[i], ORANGE, step / 2))
             else:
-                pairs = ((values[i].item() / values.abs().max().item() / 1.6, BLUE if values[i] > 0 else ORANGE, step / 4),)
+                share = (values[i] / values.abs().max()).item()
+                pairs = ((share / 1.6, BLUE if share > 0 else ORANGE, step / 4),)
             for value, colour, shift in pairs:
                 height = 120 * abs(value)
                 top = y0 + 95 - height if value > 0 else y0 + 95
-                drawn.append(f'<rect x="{x + shift:.1f}" y="{top:.1f}" width="{step / 2 - 3:.1f}" height="{height:.1f}" '
-                             f'fill="{colour}" fill-opacity="0.8"/>')
-            drawn.append(f'<text transform="translate({x + step / 2 + 3:.1f},{y0 + 186:.1f}) rotate(-60)" font-size="10" '
-                         f'fill="{INK}">{word}</text>')
+                drawn.append(f'<rect x="{x + shift:.1f}" y="{top:.1f}" width="{step / 2 - 3:.1f}" '
+                             f'height="{height:.1f}" fill="{colour}" fill-opacity="0.8"/>')
+            drawn.append(f'<text transform="translate({x + step / 2 + 3:.1f},{y0 + 186:.1f}) rotate(-60)" '
+                         f'font-size="10" fill="{INK}">{word}</text>')
     return drawing(drawn, 430)
 
 
@@ -112,19 +113,21 @@ def chunks() -> str:
     problem = load_problems(TOY + "test.jsonl", limit=3)[2]
     ids = student.encode(problem.solution) + [student.stop_ids[0]]
     reading = bridge.read(ids, True, bridge.opened(teacher.prompt_ids(problem.prompt)))
-    drawn = [text(14, 24, f"the answer to {problem.prompt} in the student's tokens (above) and in those of toy/teacher_bpe; boxes of "
-                          f"one colour and place are a chunk", "start")]
+    drawn = [text(14, 24, f"the answer to {problem.prompt} in the student's tokens (above) and in those of toy/teacher_bpe; "
+                          f"boxes of one colour and place are a chunk", "start")]
     sides = (student, ids, reading.student_chunk, 44), (teacher, reading.ids, reading.teacher_chunk, 84)
-    width = {c: CELL * max(side[2].count(c) for side in sides) for c in {*reading.student_chunk, *reading.teacher_chunk}}
+    every = {*reading.student_chunk, *reading.teacher_chunk}
+    width = {c: CELL * max(side[2].count(c) for side in sides) for c in every}
     for tokenizer, tokens, chunk, y in sides:
-        x, before = 14.0, None
+        x = 14.0
         for token, c in zip(tokens, chunk):
             each = width[c] / chunk.count(c)
             single = all(side[2].count(c) == 1 for side in sides)
-            drawn.append(box(x, y, tokenizer.decode([token], skip_special=False), BLUE if single else ORANGE, 0.25, each))
-            x, before = x + each, c
-    drawn.append(text(14, 130, "blue: one token on both sides, a whole distribution beside it; orange: a chunk of several, whose "
-                               "log-ratio is shared out", "start"))
+            piece = tokenizer.decode([token], skip_special=False)
+            drawn.append(box(x, y, piece, BLUE if single else ORANGE, 0.25, each))
+            x += each
+    drawn.append(text(14, 130, "blue: one token on both sides, a whole distribution beside it; orange: a chunk of several, "
+                               "whose log-ratio is shared out", "start"))
     return drawing(drawn, 148)
 
 
@@ -136,7 +139,8 @@ def report() -> None:
         raise SystemExit("error: report needs Chromium and runs/sg (python train.py --recipe sg --name sg)")
     press = ("for (const b of document.querySelectorAll('button')) if (b.textContent === 'step 1') b.click();"
              "const s = document.querySelector('select[aria-label=\"colour by\"]'); s.value = 'advantage';"
-             "s.dispatchEvent(new Event('change')); document.querySelectorAll('.said')[1].querySelectorAll('.t')[0].click();"
+             "s.dispatchEvent(new Event('change'));"
+             "document.querySelectorAll('.said')[1].querySelectorAll('.t')[0].click();"
              "for (const e of [...document.body.querySelectorAll('main > *')]) if (e.textContent === 'Tokens') "
              "while (e.previousElementSibling) e.previousElementSibling.remove();")
     text = source.read_text()

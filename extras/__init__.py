@@ -8,5 +8,5 @@ from extras import (api_teacher, code_metrics, compile, cross_tokenizer, familie
                     low_memory, mixing, newer, parallel, reference, remote, report, router_loss, teacher_cache,
                     teacher_memory, teachers, token_view)
 
-ALL = [remote, families, fast, lora, low_memory, mixing, teachers, cross_tokenizer, reference, given, newer, router_loss,
-       teacher_memory, report, compile, code_metrics, api_teacher, teacher_cache, lightning, token_view, parallel]
+ALL = [remote, families, fast, lora, low_memory, mixing, teachers, cross_tokenizer, reference, given, newer,
+       router_loss, teacher_memory, report, compile, code_metrics, api_teacher, teacher_cache, lightning, token_view, parallel]

@@ -17,8 +17,8 @@ from support.flags import opt
 
 @dataclass(frozen=True)
 class Flags:
-    lora_rank: int = opt(0, "train adapters of this rank on all projections of the layers instead of all weights; 0 = off",
-                         high=10_000)
+    lora_rank: int = opt(0, "train adapters of this rank on all projections of the layers instead of all weights; 0 = "
+                            "off", high=10_000)
     lora_alpha: float = opt(32.0, "the adapter's output is scaled by lora_alpha / lora_rank")
 
 

@@ -65,8 +65,8 @@ class Line:
                 if (seconds := time.monotonic() - begun) + pause >= self.deadline:
                     self.give_up(self.gone(seconds, reason))
                 elif self.weights is None and pause == PAUSES[0]:
-                    print(f"teacher  waiting for {self.url} ({reason}), {self.deadline:g} s at most (--teacher_deadline)",
-                          file=sys.stderr, flush=True)
+                    print(f"teacher  waiting for {self.url} ({reason}), {self.deadline:g} s at most "
+                          f"(--teacher_deadline)", file=sys.stderr, flush=True)
             except UserError as error:
                 self.give_up(str(error))
             self.over.wait(pause)

@@ -27,8 +27,8 @@ TOP = 8             # likeliest tokens of each side
 
 @dataclass(frozen=True)
 class Flags:
-    token_view: bool = opt(True, "keep a few responses of the first, the middle and the last step for report.html, with "
-                                 "what student and teacher gave each token")
+    token_view: bool = opt(True, "keep a few responses of the first, the middle and the last step for report.html, "
+                                 "with what student and teacher gave each token")
 
 
 def attach(run) -> None:

@@ -69,8 +69,8 @@ def distance_to(args, student, tokenizer: Tokenizer, problems: list[Problem], sa
         raise UserError(f"a prompt has {max(longest, kind.longest_prompt)} tokens; with max_new_tokens "
                         f"{args.max_new_tokens} it does not fit the context of {kind.context} of {args.teacher}")
     if not kind.compares(problems):
-        raise UserError(f"--teacher {args.teacher} has no distribution over the vocabulary at these responses, which is "
-                        f"what is compared; name a checkpoint")
+        raise UserError(f"--teacher {args.teacher} has no distribution over the vocabulary at these responses, which "
+                        f"is what is compared; name a checkpoint")
     run = Namespace(student=student, cfg=cfg, kind=kind, teacher=kind.load(setup, student))
     return distance(run, problems, samples)
 

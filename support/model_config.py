@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple
 from support.errors import UserError, shown
 
 REQUIRED = object()
-FAMILIES: dict[str, "Family"] = {}      # model_type -> what is particular about its config.json; model.MODELS has the rest
+FAMILIES: dict[str, "Family"] = {}      # model_type -> what is particular about its config.json
 
 
 class Key(NamedTuple):
@@ -195,7 +195,7 @@ def rope_settings(read: Reader) -> dict:
 class Family(NamedTuple):
     """What is particular about the config.json of a model_type."""
     keys: dict[str, Key] = {}       # that it has besides TABLE, or that it takes otherwise
-    settings: Callable[[Reader], dict] = lambda read: {}    # fields of ModelConfig that follow from them; `own` for others
+    settings: Callable[[Reader], dict] = lambda read: {}    # fields of ModelConfig that follow; `own` for others
     rope: Callable[[Reader], dict] = rope_settings
 
 

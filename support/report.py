@@ -162,7 +162,7 @@ def example(run, samples: list[dict], step: int) -> str:
 
 
 def curve_line(evals: list[tuple[int, dict]]) -> str:
-    """`24.6% ▁▄▇██ 99.0% at steps 0 to 120`: every evaluation as a bar of a height between the lowest and the highest."""
+    """`24.6% ▁▄▇██ 99.0% at steps 0 to 120`: a bar per evaluation, as high as it stands between lowest and highest."""
     key = judged_by(evals[0][1]) if evals else None
     values = [metrics[key] for _, metrics in evals if metrics.get(key) is not None] if key else []
     if len(values) < 2:

@@ -1,5 +1,4 @@
-"""Used memory: what this process takes, and how its heap gives freed blocks back. What it will need is said by memory.py.
-"""
+"""Used memory: what this process takes, and how its heap gives freed blocks back. memory.py says what it will need."""
 import ctypes
 import os
 import sys

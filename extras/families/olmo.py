@@ -63,9 +63,9 @@ class Olmo3(TwoRopes):
 
 
 def yarn(plain: Tensor, rope: dict) -> Tensor:
-    """The plain angles per position of each pair of channels, (dim/2,), after YaRN: channels that turn more than beta_fast times in
-    the old context keep their pace, those that turn less than beta_slow times go `factor` times slower, and between
-    them (by the channel's number) the two are blended."""
+    """The plain angles per position of each pair of channels, (dim/2,), after YaRN: channels that turn more than
+    beta_fast times in the old context keep their pace, those that turn less than beta_slow times go `factor` times
+    slower, and between them (by the channel's number) the two are blended."""
     dim = 2 * len(plain)
 
     def channel(turns: float) -> float:

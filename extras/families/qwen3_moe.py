@@ -97,7 +97,7 @@ class Qwen3Moe(Transformer):
 
 def qwen3_moe(read: Reader) -> dict:
     own = {key: read(key) for key in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")}
-    own["num_experts"] = read("num_local_experts") or read("num_experts")       # transformers 5's name, and the older one
+    own["num_experts"] = read("num_local_experts") or read("num_experts")    # transformers 5's name, the older
     dense, every = read("mlp_only_layers") or [], read("decoder_sparse_step")
     if own["num_experts_per_tok"] > own["num_experts"]:
         raise UserError(f"{read.where}: num_experts_per_tok {own['num_experts_per_tok']} exceeds num_experts "

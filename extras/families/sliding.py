@@ -63,8 +63,8 @@ def ropes(read: Reader, sliding_theta: str) -> dict[str, dict]:
     if not any(kind in both for kind in KINDS):
         plain = {"rope_type": "default", "rope_theta": read(sliding_theta)}
         return {FULL: rope_settings(read), SLIDING: plain}
-    return {kind: rope_settings(Reader({**read.raw, "rope_parameters": both.get(kind), "rope_scaling": None}, read.where,
-                                       read.family)) for kind in KINDS}
+    return {kind: rope_settings(Reader({**read.raw, "rope_parameters": both.get(kind), "rope_scaling": None},
+                                       read.where, read.family)) for kind in KINDS}
 
 
 # What the queries see
@@ -96,7 +96,8 @@ class Windowed(Causal):
         """Sequences from their first token on that are longer than the window; a cache takes their keys."""
         if isinstance(cache := self.keys, KVCache):
             B, T = k_BTRH.shape[:2]
-            cache.keys[layer][:B, :, :T], cache.values[layer][:B, :, :T] = k_BTRH.transpose(1, 2), v_BTRH.transpose(1, 2)
+            cache.keys[layer][:B, :, :T] = k_BTRH.transpose(1, 2)
+            cache.values[layer][:B, :, :T] = v_BTRH.transpose(1, 2)
         place_T = torch.arange(k_BTRH.shape[1], device=k_BTRH.device)
         back_TT = place_T[:, None] - place_T
         return banded_attention(q_BTQH, k_BTRH, v_BTRH, (back_TT >= 0) & (back_TT < self.window))

@@ -26,8 +26,8 @@ def smollm3(read: Reader) -> dict:
     count, every = read("num_hidden_layers"), read("no_rope_layer_interval")
     turns = read("no_rope_layers") or [(layer + 1) % every for layer in range(count)]       # 1: the layer has rope
     if len(turns) != count or not all(isinstance(turn, int) for turn in turns):
-        raise UserError(f"{read.where}: no_rope_layers {shown(turns, 90)} is not supported, only 0 or 1 for each of the "
-                        f"{count} layers")
+        raise UserError(f"{read.where}: no_rope_layers {shown(turns, 90)} is not supported, only 0 or 1 for each of "
+                        f"the {count} layers")
     read = switched(read)
     return settings(read, lambda layer: read("sliding_window") and not turns[layer], turns=turns)
 
