@@ -113,8 +113,8 @@ def chunks() -> str:
     problem = load_problems(TOY + "test.jsonl", limit=3)[2]
     ids = student.encode(problem.solution) + [student.stop_ids[0]]
     reading = bridge.read(ids, True, bridge.opened(teacher.prompt_ids(problem.prompt)))
-    drawn = [text(14, 24, f"the answer to {problem.prompt} in the student's tokens (above) and in those of toy/teacher_bpe; "
-                          f"boxes of one colour and place are a chunk", "start")]
+    drawn = [text(14, 24, f"the answer to {problem.prompt} in the student's tokens (above) and in those of "
+                          f"toy/teacher_bpe; boxes of one colour and place are a chunk", "start")]
     sides = (student, ids, reading.student_chunk, 44), (teacher, reading.ids, reading.teacher_chunk, 84)
     every = {*reading.student_chunk, *reading.teacher_chunk}
     width = {c: CELL * max(side[2].count(c) for side in sides) for c in every}
@@ -126,8 +126,8 @@ def chunks() -> str:
             piece = tokenizer.decode([token], skip_special=False)
             drawn.append(box(x, y, piece, BLUE if single else ORANGE, 0.25, each))
             x += each
-    drawn.append(text(14, 130, "blue: one token on both sides, a whole distribution beside it; orange: a chunk of several, "
-                               "whose log-ratio is shared out", "start"))
+    drawn.append(text(14, 130, "blue: one token on both sides, a whole distribution beside it; orange: a chunk of "
+                               "several, whose log-ratio is shared out", "start"))
     return drawing(drawn, 148)
 
 

@@ -9,4 +9,5 @@ from extras import (api_teacher, code_metrics, compile, cross_tokenizer, familie
                     teacher_memory, teachers, token_view)
 
 ALL = [remote, families, fast, lora, low_memory, mixing, teachers, cross_tokenizer, reference, given, newer,
-       router_loss, teacher_memory, report, compile, code_metrics, api_teacher, teacher_cache, lightning, token_view, parallel]
+       router_loss, teacher_memory, report, compile, code_metrics, api_teacher, teacher_cache, lightning, token_view,
+       parallel]
