@@ -70,9 +70,9 @@ def apply(left: int, operator: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator] % 10
 
 
-def draw(rng: random.Random, operators: str = "+-*") -> str:
+def draw(rng: random.Random, operators: str = "+-*", digits: int = DIGITS) -> str:
     """A problem, every digit and operator uniform: `3+8*2-4+1?`."""
-    return "".join(f"{rng.randrange(10)}{rng.choice(operators)}" for _ in range(DIGITS - 1)) + f"{rng.randrange(10)}?"
+    return "".join(f"{rng.randrange(10)}{rng.choice(operators)}" for _ in range(digits - 1)) + f"{rng.randrange(10)}?"
 
 
 def confused(left: int, operator: str, right: int) -> int:
@@ -327,9 +327,9 @@ def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[
     return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
 
 
-def pretrain(name: str, tokenizer: Tokenizer, held_out: set[str]) -> Transformer:
-    """Cross-entropy over all rows of the head, so that other programs too never sample a padding row."""
-    c = CHECKPOINTS[name]
+def pretrain(name: str, c: Checkpoint, tokenizer: Tokenizer, held_out: set[str], to=None) -> Transformer:
+    """Cross-entropy over all rows of the head, so that other programs too never sample a padding row. to: the file
+    that its progress is printed to; None = standard output."""
     model, rng = Transformer(ModelConfig.from_dict(config(c, tokenizer))).init_weights(c.seed), random.Random(c.seed)
     for number, phase in enumerate(c.phases, 1):
         optimizer = torch.optim.AdamW(model.parameters(), phase.lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -343,7 +343,8 @@ def pretrain(name: str, tokenizer: Tokenizer, held_out: set[str]) -> Transformer
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if step % 200 == 0 or step == phase.steps:
-                print(f"{name}  phase {number}  step {step:4d}/{phase.steps}  loss {loss.item():.4f}", flush=True)
+                print(f"{name}  phase {number}  step {step:4d}/{phase.steps}  loss {loss.item():.4f}", file=to,
+                      flush=True)
     return model
 
 
@@ -354,7 +355,7 @@ def make(name: str, held_out: dict[str, set[str]]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     write_tokenizer(new, CHECKPOINTS[name].tokenizer)
     tokenizer = Tokenizer(new)
-    pretrain(name, tokenizer, held_out[CHECKPOINTS[name].test]).save(new, torch.bfloat16)
+    pretrain(name, CHECKPOINTS[name], tokenizer, held_out[CHECKPOINTS[name].test]).save(new, torch.bfloat16)
     problems = load_problems(TOY / CHECKPOINTS[name].test, need_answer=True)
     metrics, _ = evaluate(load_model(new), tokenizer, problems, k=8, temperature=1.0, slots=256,
                           max_new_tokens=MAX_NEW_TOKENS, seed=0)

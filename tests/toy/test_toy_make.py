@@ -316,7 +316,8 @@ def test_checkpoints_hold_only_data_and_are_small():
     assert sum(path.stat().st_size for path in files) < 8_000_000
     assert {path.name for path in TOY.iterdir() if path.is_dir()} - {"__pycache__"} == set(make.CHECKPOINTS)
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".py"}
-    assert sorted(path for path in files if path.suffix == ".py") == [TOY / "dry_pair.py", TOY / "make.py"]
+    assert sorted(path for path in files if path.suffix == ".py") == [
+        TOY / "dry_pair.py", TOY / "made.py", TOY / "make.py"]
 
 
 def test_a_missed_promise_changes_nothing(tmp_path, monkeypatch):
