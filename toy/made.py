@@ -1,22 +1,25 @@
 """Made: toy checkpoints and problems that experiments need and the repository does not ship.
 
-They are made on first use, on all cores, and kept in runs/made/NAME-SEED: a later run, or another experiment, takes them
-as they are. A checkpoint whose description here has changed is made again.
+They are made on first use, on all cores, and kept in runs/made/NAME-SEED: a later run, or another experiment, takes
+them as they are. A checkpoint whose description here has changed is made again.
 
+    never                   calculations without `*` (the old skill); has never seen one with it (the new skill)
+    one                     the same, after some with `*`, which it knows less well
+    seen2, 5, 10, 20        the same, of which so many in a hundred might have had a `*`
+    both                    like `one`, in two notations, each half of the time
     notations1, 2, 4, 8     teachers that write each calculation in one of so many notations, all equally often, and are
                             right in all: `3+8=1;1*2=2#2`, `3+8:1,1*2:2#2`, `3+8~1&1*2~2#2` ...
-    one         knows the first notation; calculations without `*` well (the old skill), those with `*` less well (new)
-    both        the same in two notations, each half of the time
-    never       has never seen a `*`
-    seen2, ...  has met a `*` in so many of a hundred examples of its last phase
-    small, large    `one` with half and twice the width
-    teacher3, ...   one notation, calculations of so many digits; and their students, digits3, ...
+    digits3, 8, 12          `one` for calculations of so many digits; teacher3, 8, 12 their teachers
 
     times_train.jsonl   problems with at least one `*`; only_train.jsonl: with nothing else
     times_test.jsonl    held-out problems of two kinds, `new` (of the same sort) and `old` (without a `*`)
     times3_train.jsonl and so on    of so many digits
 
-    python toy/made.py one notations4 --seeds 3     # to have a look at some; about a minute for each of them
+    python toy/made.py one notations4 --seeds 3     # to have a look at some; under a minute for each of them
+
+Here there is a fourth operator, `^`, the larger of two digits: with two operators alone a decoder of this size is long
+in finding out that a step needs only what stands before it. A lone `#` in other notations than the first is prose to
+the verifier, so these runs take --verifier number.
 
 Not here: the world itself and the checkpoints that are shipped (make.py), what is done with them (experiments/).
 """
@@ -28,6 +31,7 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -37,11 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make  # noqa: E402
 from make import Checkpoint, Phase  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
+from support.weights import load_model  # noqa: E402
 
 MADE = make.TOY.parent / "runs" / "made"
-NOTATIONS = "=;", ":,", "~&", "_|", "^!", "@%", "<>", "(/"       # what stands for `=` and for `;`
+NOTATIONS = "=;", ":,", "~&", "_|", "$!", "@%", "<>", "(/"       # what stands for `=` and for `;`
+OLD, ALL = "+-^", "+-^*"                                         # `^` is the larger of two
 N_TRAIN, N_TEST = 1500, 128
 DIGITS = 3, 8, 12                                               # other lengths than the usual five
+SEEN = 2, 5, 10, 20
 
 
 # The language
@@ -61,33 +68,47 @@ def notation(text: str) -> int | None:
     return next((signs[character] for character in text if character in signs), None)
 
 
-# The checkpoints. A seed fixes first weights and examples
+# The checkpoints: first `base`, then a little more of what each of them is for. A seed fixes weights and examples
 
-def teacher(steps: int, **kind) -> Checkpoint:
-    return Checkpoint(96, 3, 100, [Phase(steps, 3e-3, {
-        partial(in_notations, **kind): 0.6, partial(in_notations, slip=0.3, **kind): 0.4})], (0.0, 1.0))
-
-
-def student(share: float, width: int = 64, **kind) -> Checkpoint:
-    """share: of the last phase's examples that may have a `*`."""
-    old, new = partial(in_notations, operators="+-", **kind), partial(in_notations, **kind)
-    return Checkpoint(width, 3, 200, [Phase(1000, 3e-3, {old: 1.0}), Phase(200, 1e-3, {old: 1 - share, new: share})],
-                      (0.0, 1.0))
+def both_ways(operators: str, share: float = 1.0, **kind) -> dict:
+    """Written out, and going on after a slip: without the second a small decoder is long in finding out that a step
+    needs only what stands before it."""
+    return {partial(in_notations, operators=operators, **kind): 0.6 * share,
+            partial(in_notations, operators=operators, slip=0.3, **kind): 0.4 * share}
 
 
-CHECKPOINTS = {
-    **{f"notations{count}": teacher(1000 + 200 * count, count=count) for count in (1, 2, 4, 8)},
-    "one": student(0.5), "both": student(0.5, count=2), "never": student(0.0),
-    **{f"seen{percent}": student(percent / 100) for percent in (2, 5, 10, 20)},
-    "small": student(0.5, 32), "large": student(0.5, 128),
-    **{f"teacher{digits}": teacher(1200, digits=digits) for digits in DIGITS},
-    **{f"digits{digits}": student(0.5, digits=digits) for digits in DIGITS},
-}
+def base(operators: str, steps: int, width: int = 96, **kind) -> Checkpoint:
+    return Checkpoint(width, 3, 100, [Phase(steps, 3e-3, both_ways(operators, **kind))], (0.0, 1.0), batch=32)
 
 
-def description(c: Checkpoint) -> str:
-    kinds = [{f"{kind.keywords}": share for kind, share in phase.mixture.items()} for phase in c.phases]
-    return repr((c.width, c.layers, c.seed, [(phase.steps, phase.lr) for phase in c.phases], kinds))
+def more(steps: int, mixture: dict) -> Checkpoint:
+    return Checkpoint(96, 3, 200, [Phase(steps, 1e-3, mixture)], (0.0, 1.0), batch=32)
+
+
+def seen(percent: int, steps: int, **kind) -> Checkpoint:
+    """percent: of the examples that may have a `*`."""
+    return more(steps, both_ways(OLD, 1 - percent / 100, **kind) | both_ways(ALL, percent / 100, **kind))
+
+
+BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800)}
+CHECKPOINTS = BASES | {
+    "one": seen(50, 250), "both": seen(50, 500, count=2), **{f"seen{percent}": seen(percent, 150) for percent in SEEN},
+    **{f"notations{count}": more(150 + 25 * count, both_ways(ALL, count=count)) for count in (2, 4, 8)},
+    **{f"digits{digits}": seen(50, 250, digits=digits) for digits in DIGITS},
+    **{f"teacher{digits}": more(250, both_ways(ALL, digits=digits)) for digits in DIGITS}}
+
+
+def parent(name: str) -> str | None:
+    """The checkpoint that this one goes on from."""
+    return None if name in BASES else "notations1" if name.startswith(("notations", "teacher")) else "never"
+
+
+def description(name: str) -> str:
+    """All that its weights follow from, but for the seed."""
+    c, start = CHECKPOINTS[name], parent(name)
+    kinds = [{str(kind.keywords): share for kind, share in phase.mixture.items()} for phase in c.phases]
+    return repr((c.width, c.layers, c.seed, c.batch, [(phase.steps, phase.lr) for phase in c.phases], kinds,
+                 start and description(start)))
 
 
 # Files
@@ -95,11 +116,11 @@ def description(c: Checkpoint) -> str:
 def problems() -> set[str]:
     """Writes the files of problems, the same every time, and returns the held-out problems."""
     held_out = set()
-    for name, operators, digits in (("times", "+-*", make.DIGITS), ("only", "*", make.DIGITS),
-                                    *((f"times{digits}", "+-*", digits) for digits in DIGITS)):
+    for name, operators, digits in (("times", ALL, make.DIGITS), ("only", "*", make.DIGITS),
+                                    *((f"times{digits}", ALL, digits) for digits in DIGITS)):
         rng = random.Random(name)
         new = sorted({p for p in (make.draw(rng, operators, digits) for _ in range(4 * N_TRAIN)) if "*" in p})
-        old = sorted({make.draw(rng, "+-", digits) for _ in range(4 * N_TRAIN)})
+        old = sorted({make.draw(rng, OLD, digits) for _ in range(4 * N_TRAIN)})
         new, old = rng.sample(new, N_TRAIN + N_TEST), rng.sample(old, N_TEST)
         write(f"{name}_train.jsonl", [(problem, "new") for problem in new[N_TEST:]])
         write(f"{name}_test.jsonl", [(p, kind) for both in zip(new, old) for p, kind in zip(both, ("new", "old"))])
@@ -124,36 +145,43 @@ def data(name: str) -> str:
     return f"--data {MADE / name}_train.jsonl --eval_data {MADE / name}_test.jsonl"
 
 
-def make_one(job: tuple[str, Checkpoint, set[str]]) -> int:
+def make_one(job: tuple[str, int, set[str]]) -> int:
     """Returns the steps of its pretraining."""
-    folder, c, held_out = job
+    name, seed, held_out = job
     torch.set_num_threads(1)
-    new = MADE / f".{folder}.{os.getpid()}"
+    c, start = CHECKPOINTS[name], parent(name) and load_model(MADE / f"{parent(name)}-{seed}")
+    new = MADE / f".{name}-{seed}.{os.getpid()}"
     make.write_tokenizer(new)
     with open(os.devnull, "w") as nowhere:
-        model = make.pretrain(folder, c, Tokenizer(new), held_out, to=nowhere)
+        model = make.pretrain(name, replace(c, seed=c.seed + seed), Tokenizer(new), held_out, start, to=nowhere)
     model.save(new, torch.bfloat16)
-    (new / "made.txt").write_text(description(c))
-    new.rename(MADE / folder)
-    return sum(phase.steps for phase in c.phases)
+    (new / "made.txt").write_text(description(name))
+    new.rename(MADE / f"{name}-{seed}")
+    return steps_of(name)
+
+
+def steps_of(name: str) -> int:
+    return sum(phase.steps for phase in CHECKPOINTS[name].phases)
 
 
 def made(names: list[str], seeds: list[int]) -> None:
-    """Makes what is not there of every name and seed."""
-    held_out, jobs = problems(), []
-    for name in names:
-        for seed in seeds:
-            c, folder = replace(CHECKPOINTS[name], seed=CHECKPOINTS[name].seed + seed), MADE / f"{name}-{seed}"
-            if (folder / "made.txt").exists() and (folder / "made.txt").read_text() == description(c):
-                continue
-            if (folder / "made.txt").exists():
-                shutil.rmtree(folder)
-            jobs.append((folder.name, c, held_out))
-    jobs.sort(key=lambda job: -sum(phase.steps for phase in job[1].phases))
-    if not jobs:
-        return
+    """Makes what is not there of every name and seed, on all cores."""
+    held_out, first = problems(), sorted({parent(name) or name for name in names})
+    for group in (first, [name for name in names if name not in first]):
+        jobs = []
+        for name, seed in product(group, seeds):
+            if (file := MADE / f"{name}-{seed}/made.txt").exists():
+                if file.read_text() == description(name):
+                    continue
+                shutil.rmtree(file.parent)
+            jobs.append((name, seed, held_out))
+        if jobs:
+            together(sorted(jobs, key=lambda job: -steps_of(job[0])))
+
+
+def together(jobs: list[tuple]) -> None:
     with torch.multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool, \
-            tqdm(total=sum(phase.steps for _, c, _ in jobs for phase in c.phases), desc="checkpoints") as bar:
+            tqdm(total=sum(steps_of(name) for name, *_ in jobs), desc="checkpoints") as bar:
         for steps in pool.imap_unordered(make_one, jobs):
             bar.update(steps)
 

@@ -60,14 +60,13 @@ from support.weights import load_model  # noqa: E402
 
 DIGITS = 5
 N_TRAIN, N_TEST = 2000, 200
-BATCH = 64                      # sequences per pretraining step
 MAX_NEW_TOKENS = 40             # a written-out calculation and its stop token are 26
 
 
 # The language
 
 def apply(left: int, operator: str, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right}[operator] % 10
+    return {"+": left + right, "-": left - right, "*": left * right, "^": max(left, right)}[operator] % 10
 
 
 def draw(rng: random.Random, operators: str = "+-*", digits: int = DIGITS) -> str:
@@ -179,6 +178,7 @@ class Checkpoint:
     accuracy: tuple[float, float]           # promised range of avg@8 at temperature 1 on `test`
     test: str = "test.jsonl"
     tokenizer: str = "bytes"                # a row of TOKENIZERS
+    batch: int = 64                         # sequences per pretraining step
 
 
 CHECKPOINTS = {
@@ -314,10 +314,11 @@ def trained(tokenizer: Tokenizer, ids: list[int], untrained: list[int]) -> list[
     return kept
 
 
-def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[str]) -> tuple[Tensor, Tensor]:
-    """(tokens_BT int64, mask_BT bool: trained tokens)."""
+def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[str],
+          count: int = 64) -> tuple[Tensor, Tensor]:
+    """(tokens_BT int64, mask_BT bool: trained tokens) of `count` examples."""
     tokens, masks = [], []
-    for kind in rng.choices(list(phase.mixture), list(phase.mixture.values()), k=BATCH):
+    for kind in rng.choices(list(phase.mixture), list(phase.mixture.values()), k=count):
         problem, response, untrained = kind(rng)
         while problem.rsplit("|")[-1] in held_out:
             problem, response, untrained = kind(rng)
@@ -327,15 +328,17 @@ def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[
     return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
 
 
-def pretrain(name: str, c: Checkpoint, tokenizer: Tokenizer, held_out: set[str], to=None) -> Transformer:
-    """Cross-entropy over all rows of the head, so that other programs too never sample a padding row. to: the file
-    that its progress is printed to; None = standard output."""
-    model, rng = Transformer(ModelConfig.from_dict(config(c, tokenizer))).init_weights(c.seed), random.Random(c.seed)
+def pretrain(name: str, c: Checkpoint, tokenizer: Tokenizer, held_out: set[str], model: Transformer | None = None,
+             to=None) -> Transformer:
+    """Cross-entropy over all rows of the head, so that other programs too never sample a padding row. model: to go on
+    from; None = new weights. to: the file that its progress is printed to; None = standard output."""
+    model = model or Transformer(ModelConfig.from_dict(config(c, tokenizer))).init_weights(c.seed)
+    rng = random.Random(c.seed)
     for number, phase in enumerate(c.phases, 1):
         optimizer = torch.optim.AdamW(model.parameters(), phase.lr, betas=(0.9, 0.98), weight_decay=0.0)
         for step in range(1, phase.steps + 1):
             optimizer.param_groups[0]["lr"] = phase.lr * min(step / 50, 1, 2 * (1 - (step - 1) / phase.steps))
-            tokens_BT, mask_BT = batch(phase, rng, tokenizer, held_out)
+            tokens_BT, mask_BT = batch(phase, rng, tokenizer, held_out, c.batch)
             logits_NV = model.logits(model.response_hidden(tokens_BT, mask_BT))
             loss = F.cross_entropy(logits_NV, tokens_BT[mask_BT])
             optimizer.zero_grad()

@@ -190,7 +190,7 @@ def test_a_word_that_a_slip_changed_is_not_trained():
 
 def test_held_out_problems_are_never_trained_on():
     """fails if: batch() hands out a problem of the held-out set."""
-    tokenizer, draws = Tokenizer(TOY / "teacher"), iter(["9+9+9+9+9?", "1+1+1+1+1?"] * make.BATCH)
+    tokenizer, draws = Tokenizer(TOY / "teacher"), iter(["9+9+9+9+9?", "1+1+1+1+1?"] * 64)
     phase = make.Phase(1, 1e-3, {lambda rng: (next(draws), "#0", []): 1.0})
     tokens_BT, _ = make.batch(phase, random.Random(0), tokenizer, {"9+9+9+9+9?"})
     assert {tokenizer.decode(row)[:10] for row in tokens_BT} == {"1+1+1+1+1?"}
