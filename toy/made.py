@@ -81,8 +81,8 @@ def base(operators: str, steps: int, width: int = 96, **kind) -> Checkpoint:
     return Checkpoint(width, 3, 100, [Phase(steps, 3e-3, both_ways(operators, **kind))], (0.0, 1.0), batch=32)
 
 
-def more(steps: int, mixture: dict) -> Checkpoint:
-    return Checkpoint(96, 3, 200, [Phase(steps, 1e-3, mixture)], (0.0, 1.0), batch=32)
+def more(steps: int, mixture: dict, lr: float = 1e-3) -> Checkpoint:
+    return Checkpoint(96, 3, 200, [Phase(steps, lr, mixture)], (0.0, 1.0), batch=32)
 
 
 def seen(percent: int, steps: int, **kind) -> Checkpoint:
@@ -92,10 +92,10 @@ def seen(percent: int, steps: int, **kind) -> Checkpoint:
 
 BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800)}
 CHECKPOINTS = BASES | {
-    "one": seen(50, 250), "both": seen(50, 500, count=2), **{f"seen{percent}": seen(percent, 150) for percent in SEEN},
-    **{f"notations{count}": more(150 + 25 * count, both_ways(ALL, count=count)) for count in (2, 4, 8)},
-    **{f"digits{digits}": seen(50, 250, digits=digits) for digits in DIGITS},
-    **{f"teacher{digits}": more(250, both_ways(ALL, digits=digits)) for digits in DIGITS}}
+    "one": seen(50, 180), "both": seen(50, 350, count=2), **{f"seen{percent}": seen(percent, 150) for percent in SEEN},
+    **{f"notations{count}": more(350 + 25 * count, both_ways(ALL, count=count), 2e-3) for count in (2, 4, 8)},
+    **{f"digits{digits}": seen(50, 180, digits=digits) for digits in DIGITS},
+    **{f"teacher{digits}": more(350, both_ways(ALL, digits=digits), 2e-3) for digits in DIGITS}}
 
 
 def parent(name: str) -> str | None:
