@@ -113,10 +113,10 @@ def run(label: str, command: str, flags: str, seed: int, runs: Path) -> Path:
     return folder
 
 
-def run_all(arms: dict[str, str], flags: str, seeds: int, runs: Path) -> dict[str, list[Path]]:
-    """label -> its finished runs, one per seed. arms: label -> recipe and flags."""
+def run_all(arms: dict[str, str], flags: str, seeds: int, runs: Path, first: int = 0) -> dict[str, list[Path]]:
+    """label -> its finished runs, one per seed from `first` on. arms: label -> recipe and flags."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        jobs = {label: [pool.submit(run, label, command, flags, seed, runs) for seed in range(seeds)]
+        jobs = {label: [pool.submit(run, label, command, flags, first + seed, runs) for seed in range(seeds)]
                 for label, command in arms.items()}
         try:
             return {label: [job.result() for job in found] for label, found in jobs.items()}

@@ -60,19 +60,18 @@ from support.weights import load_model  # noqa: E402
 
 DIGITS = 5
 N_TRAIN, N_TEST = 2000, 200
-BATCH = 64                      # sequences per pretraining step
 MAX_NEW_TOKENS = 40             # a written-out calculation and its stop token are 26
 
 
 # The language
 
 def apply(left: int, operator: str, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right}[operator] % 10
+    return {"+": left + right, "-": left - right, "*": left * right, "^": max(left, right)}[operator] % 10
 
 
-def draw(rng: random.Random, operators: str = "+-*") -> str:
+def draw(rng: random.Random, operators: str = "+-*", digits: int = DIGITS) -> str:
     """A problem, every digit and operator uniform: `3+8*2-4+1?`."""
-    return "".join(f"{rng.randrange(10)}{rng.choice(operators)}" for _ in range(DIGITS - 1)) + f"{rng.randrange(10)}?"
+    return "".join(f"{rng.randrange(10)}{rng.choice(operators)}" for _ in range(digits - 1)) + f"{rng.randrange(10)}?"
 
 
 def confused(left: int, operator: str, right: int) -> int:
@@ -179,6 +178,7 @@ class Checkpoint:
     accuracy: tuple[float, float]           # promised range of avg@8 at temperature 1 on `test`
     test: str = "test.jsonl"
     tokenizer: str = "bytes"                # a row of TOKENIZERS
+    batch: int = 64                         # sequences per pretraining step
 
 
 CHECKPOINTS = {
@@ -314,10 +314,11 @@ def trained(tokenizer: Tokenizer, ids: list[int], untrained: list[int]) -> list[
     return kept
 
 
-def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[str]) -> tuple[Tensor, Tensor]:
-    """(tokens_BT int64, mask_BT bool: trained tokens)."""
+def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[str],
+          count: int = 64) -> tuple[Tensor, Tensor]:
+    """(tokens_BT int64, mask_BT bool: trained tokens) of `count` examples."""
     tokens, masks = [], []
-    for kind in rng.choices(list(phase.mixture), list(phase.mixture.values()), k=BATCH):
+    for kind in rng.choices(list(phase.mixture), list(phase.mixture.values()), k=count):
         problem, response, untrained = kind(rng)
         while problem.rsplit("|")[-1] in held_out:
             problem, response, untrained = kind(rng)
@@ -327,15 +328,17 @@ def batch(phase: Phase, rng: random.Random, tokenizer: Tokenizer, held_out: set[
     return pad_sequence(tokens, batch_first=True), pad_sequence(masks, batch_first=True)
 
 
-def pretrain(name: str, tokenizer: Tokenizer, held_out: set[str]) -> Transformer:
-    """Cross-entropy over all rows of the head, so that other programs too never sample a padding row."""
-    c = CHECKPOINTS[name]
-    model, rng = Transformer(ModelConfig.from_dict(config(c, tokenizer))).init_weights(c.seed), random.Random(c.seed)
+def pretrain(name: str, c: Checkpoint, tokenizer: Tokenizer, held_out: set[str], model: Transformer | None = None,
+             to=None) -> Transformer:
+    """Cross-entropy over all rows of the head, so that other programs too never sample a padding row. model: to go on
+    from; None = new weights. to: the file that its progress is printed to; None = standard output."""
+    model = model or Transformer(ModelConfig.from_dict(config(c, tokenizer))).init_weights(c.seed)
+    rng = random.Random(c.seed)
     for number, phase in enumerate(c.phases, 1):
         optimizer = torch.optim.AdamW(model.parameters(), phase.lr, betas=(0.9, 0.98), weight_decay=0.0)
         for step in range(1, phase.steps + 1):
             optimizer.param_groups[0]["lr"] = phase.lr * min(step / 50, 1, 2 * (1 - (step - 1) / phase.steps))
-            tokens_BT, mask_BT = batch(phase, rng, tokenizer, held_out)
+            tokens_BT, mask_BT = batch(phase, rng, tokenizer, held_out, c.batch)
             logits_NV = model.logits(model.response_hidden(tokens_BT, mask_BT))
             loss = F.cross_entropy(logits_NV, tokens_BT[mask_BT])
             optimizer.zero_grad()
@@ -343,7 +346,8 @@ def pretrain(name: str, tokenizer: Tokenizer, held_out: set[str]) -> Transformer
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if step % 200 == 0 or step == phase.steps:
-                print(f"{name}  phase {number}  step {step:4d}/{phase.steps}  loss {loss.item():.4f}", flush=True)
+                print(f"{name}  phase {number}  step {step:4d}/{phase.steps}  loss {loss.item():.4f}", file=to,
+                      flush=True)
     return model
 
 
@@ -354,7 +358,7 @@ def make(name: str, held_out: dict[str, set[str]]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     write_tokenizer(new, CHECKPOINTS[name].tokenizer)
     tokenizer = Tokenizer(new)
-    pretrain(name, tokenizer, held_out[CHECKPOINTS[name].test]).save(new, torch.bfloat16)
+    pretrain(name, CHECKPOINTS[name], tokenizer, held_out[CHECKPOINTS[name].test]).save(new, torch.bfloat16)
     problems = load_problems(TOY / CHECKPOINTS[name].test, need_answer=True)
     metrics, _ = evaluate(load_model(new), tokenizer, problems, k=8, temperature=1.0, slots=256,
                           max_new_tokens=MAX_NEW_TOKENS, seed=0)

@@ -190,7 +190,7 @@ def test_a_word_that_a_slip_changed_is_not_trained():
 
 def test_held_out_problems_are_never_trained_on():
     """fails if: batch() hands out a problem of the held-out set."""
-    tokenizer, draws = Tokenizer(TOY / "teacher"), iter(["9+9+9+9+9?", "1+1+1+1+1?"] * make.BATCH)
+    tokenizer, draws = Tokenizer(TOY / "teacher"), iter(["9+9+9+9+9?", "1+1+1+1+1?"] * 64)
     phase = make.Phase(1, 1e-3, {lambda rng: (next(draws), "#0", []): 1.0})
     tokens_BT, _ = make.batch(phase, random.Random(0), tokenizer, {"9+9+9+9+9?"})
     assert {tokenizer.decode(row)[:10] for row in tokens_BT} == {"1+1+1+1+1?"}
@@ -316,7 +316,8 @@ def test_checkpoints_hold_only_data_and_are_small():
     assert sum(path.stat().st_size for path in files) < 8_000_000
     assert {path.name for path in TOY.iterdir() if path.is_dir()} - {"__pycache__"} == set(make.CHECKPOINTS)
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".py"}
-    assert sorted(path for path in files if path.suffix == ".py") == [TOY / "dry_pair.py", TOY / "make.py"]
+    assert sorted(path for path in files if path.suffix == ".py") == [
+        TOY / "dry_pair.py", TOY / "made.py", TOY / "make.py"]
 
 
 def test_a_missed_promise_changes_nothing(tmp_path, monkeypatch):

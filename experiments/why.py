@@ -1,0 +1,203 @@
+"""Why on-policy: what is learned from whose text, where a teacher does not write as the student does.
+
+    python experiments/why.py                   # about a quarter of an hour on two cores, and as much for the models
+    python experiments/why.py --quick           # one seed, two arms of two lessons; two minutes, models included
+    python experiments/why.py --sweeps          # where each gap vanishes
+    python experiments/why.py --rates           # the learning rates in this file, on a seed used for nothing else
+
+Claim      1. A teacher's text teaches its notation together with its knowledge. On the student's own text it can only
+           say what is right there, and the student keeps what it knew; a divergence that seeks modes (reverse KL) is
+           content with one notation, one that covers them (forward KL) wants all.
+           2. A student that knows two notations, both of them the teacher's, is better off with credit that reaches the
+           first token, since only the first token can choose one.
+           3. Where a right answer is never found a verifier is silent, and a teacher is not.
+           4. A student ruined by imitation is brought back by its own text.
+Paper      None: the reasons that GKD (2306.13649), MiniLLM (2306.08543) and Thinking Machines give for being on-policy.
+Design     Models of toy/made.py, fresh ones for each seed. The teachers are right and write each calculation in one
+           of N notations, all equally often. Steps of 64 responses to problems with a `*`, which the student knows
+           less well (new skill); calculations without one (old skill) are only tested. The learning rate of each arm is
+           that of 3e-5, 1e-4 and 3e-4 with the best mean of both skills on the models of another seed.
+Measured   avg@4 at temperature 1 on 128 held-out problems of each kind; share of responses in the student's first
+           notation.
+Against    1: at N = 4 imitation of the teacher's text as good as the student's own; both directions of the KL alike.
+           2: opd as good as minillm. 3: grpo above 0. 4: no return within 60 steps.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from compare import ROOT, TOY, columns, percent, run_all, slug, table
+
+sys.path[:0] = [str(TOY), str(ROOT / "docs")]
+from made import DIGITS, MADE, SEEN, data, made, notation, problems  # noqa: E402
+from make_picture import BLUE, COLOURS, GREY, ORANGE, drawing, line, text  # noqa: E402
+
+PILOT, RATES = 5, ("3e-5", "1e-4", "3e-4")
+OWN = "opd: own text, reverse KL"
+SFT = "sft: teacher's text, cross-entropy"
+
+
+class Lesson(NamedTuple):
+    arms: dict[str, str]        # label -> recipe and its flags
+    flags: str
+    models: list[str]           # of toy/made.py
+
+
+def lesson(student: str, teacher: str, arms: dict[str, str], steps: int = 60, kind: str = "times", more: str = "",
+           models: list[str] | None = None) -> Lesson:
+    """student: a name of toy/made.py, or a path with {seed}."""
+    names = [name for name in (student, teacher) if "/" not in name] if models is None else models
+    student = student if "/" in student else f"{MADE}/{student}-{{seed}}"
+    flags = (f"--student {student} --teacher {MADE}/{teacher}-{{seed}} {data(kind)} --steps {steps} --eval_every 0 "
+             f"--eval_k 4 --no-eval_teacher --no-token_view --verifier number --quiet {more}")
+    return Lesson(arms, flags, names)
+
+
+HANDS = {
+    OWN: "opd --lr 1e-4",
+    "own text, forward KL": "opd --divergence forward_kl --lr 1e-4",
+    "teacher's text, reverse KL": "gkd --lmbda 0 --responses teacher --divergence reverse_kl --lr 1e-4",
+    SFT: "sft --responses teacher --lr 1e-4"}
+BOTH = {
+    OWN: "opd --lr 1e-4",
+    "own text, forward KL": "opd --divergence forward_kl --lr 1e-4",
+    "sampled policy gradient": "opd --divergence policy_gradient --advantage opd --lr 1e-4",
+    "minillm: credit to the first token": "minillm --lr 1e-4",
+    SFT: "sft --responses teacher --lr 1e-4"}
+RARE = {OWN: "opd --problems 8 --samples 8 --lr 3e-4", "grpo: a verifier, no teacher": "grpo --lr 3e-4",
+        SFT: "sft --responses teacher --lr 3e-4"}
+RUINED = {OWN: "opd --lr 1e-4", SFT: "sft --responses teacher --lr 1e-4",
+          "sampled policy gradient": "fire --weight none --lr 1e-4",
+          "the same without FiRe's fifth": "fire --fire_alpha 0 --fire_beta 0 --lr 1e-4",
+          "the same without any fifth": "fire --weight random --keep 0.8 --lr 1e-4"}
+
+
+def lessons(runs: Path) -> dict[str, Lesson]:
+    ruined = f"{runs.resolve()}/{slug('N = 4')}/{slug(SFT)}-{{seed}}/last"
+    return {
+        **{f"N = {count}": lesson("one", f"notations{count}", HANDS) for count in (1, 2, 4, 8)},
+        "N = 4, as many FLOPs": lesson("one", "notations4", {SFT: HANDS[SFT]}, steps=72),
+        "N = 4, four times as long": lesson("one", "notations4", {OWN: HANDS[OWN], SFT: HANDS[SFT]}, steps=240),
+        "knows both": lesson("both", "notations2", BOTH),
+        "never": lesson("never", "notations1", RARE, steps=90, kind="only"),
+        "ruined": lesson(ruined, "notations4", RUINED)}
+
+
+def sweeps(runs: Path) -> dict[str, Lesson]:
+    two = {OWN: HANDS[OWN], SFT: HANDS[SFT]}
+    return {
+        **{f"seen{percent}": lesson(f"seen{percent}", "notations1", RARE, steps=90, kind="only") for percent in SEEN},
+        **{f"{digits} digits": lesson(f"digits{digits}", f"teacher{digits}", two, kind=f"times{digits}",
+                                      more=f"--max_new_tokens {6 * digits}") for digits in DIGITS}}
+
+
+def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:
+    problems()
+    return {name: (found.arms, found.flags) for name, found in (lessons(runs) | sweeps(runs)).items()}
+
+
+def measured(folder: Path, step: int | None = None) -> tuple[float, float, float]:
+    """(new skill, old skill, share of responses in the first notation) at the evaluation of a step; None: the last."""
+    file = Path(json.loads((folder / "config.json").read_text())["eval_data"])
+    kinds = [json.loads(record)["kind"] for record in file.read_text().splitlines()]
+    samples = max((folder / "samples").glob("*.jsonl")) if step is None else folder / f"samples/step-{step:06d}.jsonl"
+    found = [json.loads(record) for record in samples.read_text().splitlines()]
+    skills = ([sample["correct"] for sample in found if kinds[sample["problem"]] == kind] for kind in ("new", "old"))
+    return *(sum(right) / len(right) for right in skills), sum(notation(s["text"]) == 0 for s in found) / len(found)
+
+
+def run_lesson(name: str, found: Lesson, seeds: int, runs: Path, first: int = 0) -> dict[str, list[Path]]:
+    made(found.models, list(range(first, first + seeds)))
+    return run_all(found.arms, found.flags, seeds, runs / slug(name), first)
+
+
+def show(name: str, folders: dict[str, list[Path]]) -> dict[str, tuple[float, float]]:
+    """Prints the table; returns the mean skills of each row."""
+    every = {"before": [measured(folder, 0) for folder in next(iter(folders.values()))]}
+    every |= {label: [measured(folder) for folder in found] for label, found in folders.items()}
+    table([name, "lr", "new skill", "old skill", "in its first notation"], [
+        [label, rate(folders[label][0]) if label in folders else "", *map(percent, columns(values))]
+        for label, values in every.items()])
+    return {label: tuple(sum(column) / len(column) for column in columns(values)[:2])
+            for label, values in every.items()}
+
+
+def rate(folder: Path) -> str:
+    return f"{json.loads((folder / 'config.json').read_text())['lr']:g}"
+
+
+def rates(runs: Path) -> None:
+    """The mean of both skills of each arm at each rate, on the models of the pilot's seed."""
+    here = lessons(runs)
+    for name in ("N = 4", "knows both", "never", "ruined"):
+        arms = {f"{label} {lr}": f"{command.rpartition(' --lr ')[0]} --lr {lr}"
+                for label, command in here[name].arms.items() for lr in RATES}
+        found = run_lesson(name, here[name]._replace(arms=arms), 1, runs / "rates", PILOT)
+        score = {label: sum(measured(folder)[:2]) / 2 for label, (folder,) in found.items()}
+        table([name, *RATES], [[label, *(f"{score[f'{label} {lr}']:.1%}" for lr in RATES)]
+                               for label in here[name].arms])
+        if name == "N = 4":     # what `ruined` starts from
+            run_lesson(name, here[name]._replace(arms={SFT: HANDS[SFT]}), 1, runs, PILOT)
+
+
+def picture(points: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """Old skill to the right, new skill up; one dot per arm and N, named by its N. points: N -> arm -> skills."""
+    left, right, top, bottom = 70, 500, 24, 330
+    colours = dict(zip(HANDS, (BLUE, COLOURS[3], COLOURS[2], ORANGE)))
+
+    def at(skills: tuple[float, float]) -> tuple[float, float]:
+        new, old = skills
+        return left + (right - left) * old, bottom - (bottom - top) * new
+    drawn = [text((left + right) / 2, bottom + 36, "old skill, never trained on"),
+             f'<text transform="translate({left - 44},{(top + bottom) / 2}) rotate(-90)" text-anchor="middle" '
+             f'font-size="12" fill="#24292f">new skill</text>']
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = at((share, share))
+        drawn += [line(left, y, right, y, f'stroke="{GREY}" stroke-opacity="0.2"'),
+                  line(x, top, x, bottom, f'stroke="{GREY}" stroke-opacity="0.2"'),
+                  text(left - 8, y + 4, f"{share:.0%}", "end"), text(x, bottom + 17, f"{share:.0%}")]
+    for label, colour in colours.items():
+        path = [at(found[label]) for found in points.values()]
+        drawn += [line(*start, *end, f'stroke="{colour}" stroke-opacity="0.5"') for start, end in zip(path, path[1:])]
+        for (x, y), count in zip(path, points):
+            drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill="{colour}"/>',
+                      text(x, y + 4, count, size=11, colour="#ffffff")]
+    x, y = at(next(iter(points.values()))["before"])
+    drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{GREY}" stroke-width="2"/>',
+              text(x - 10, y + 5, "start", "end", colour=GREY)]
+    for i, (label, colour) in enumerate(colours.items()):
+        drawn += [f'<circle cx="540" cy="{60 + 26 * i}" r="7" fill="{colour}"/>',
+                  text(556, 64 + 26 * i, label, "start")]
+    drawn.append(text(540, 64 + 26 * len(colours), "the number in a dot: notations of the teacher", "start",
+                      colour=GREY))
+    return drawing(drawn, 380)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=0, choices=range(1, 6), metavar="N",
+                        help="fresh models and one run per arm for each (default: 5, sweeps 3)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/why"), help="where the runs are kept")
+    parser.add_argument("--picture", type=Path, help="the file to draw the first lesson to (docs/why.svg)")
+    for name in ("quick", "sweeps", "rates"):
+        parser.add_argument(f"--{name}", action="store_true")
+    args = parser.parse_args()
+    problems()
+    if args.rates:
+        return rates(args.runs)
+    chosen = sweeps(args.runs) if args.sweeps else lessons(args.runs)
+    if args.quick:
+        few = {"N = 4": (OWN, SFT), "knows both": (OWN, "minillm: credit to the first token")}
+        chosen = {name: chosen[name]._replace(arms={label: chosen[name].arms[label] for label in labels})
+                  for name, labels in few.items()}
+    seeds = args.seeds or (1 if args.quick else 3 if args.sweeps else 5)
+    made(sorted({model for found in chosen.values() for model in found.models}), list(range(seeds)))
+    means = {name: show(name, run_lesson(name, found, seeds, args.runs)) for name, found in chosen.items()}
+    if args.picture:
+        args.picture.write_text(picture({count: means[f"N = {count}"] for count in "1248"}))
+
+
+if __name__ == "__main__":
+    main()

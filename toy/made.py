@@ -1,0 +1,198 @@
+"""Made: toy checkpoints and problems that experiments need and the repository does not ship.
+
+They are made on first use, on all cores, and kept in runs/made/NAME-SEED: a later run, or another experiment, takes
+them as they are. A checkpoint whose description here has changed is made again.
+
+    never                   calculations without `*` (the old skill); has never seen one with it (the new skill)
+    one                     the same, after some with `*`, which it knows less well
+    seen2, 5, 10, 20        the same, of which so many in a hundred might have had a `*`
+    both                    like `one`, in two notations, each half of the time
+    notations1, 2, 4, 8     teachers that write each calculation in one of so many notations, all equally often, and are
+                            right in all: `3+8=1;1*2=2#2`, `3+8:1,1*2:2#2`, `3+8~1&1*2~2#2` ...
+    digits3, 8, 12          `one` for calculations of so many digits; teacher3, 8, 12 their teachers
+
+    times_train.jsonl   problems with at least one `*`; only_train.jsonl: with nothing else
+    times_test.jsonl    held-out problems of two kinds, `new` (of the same sort) and `old` (without a `*`)
+    times3_train.jsonl and so on    of so many digits
+
+    python toy/made.py one notations4 --seeds 3     # to have a look at some; under a minute for each of them
+
+Here there is a fourth operator, `^`, the larger of two digits: with two operators alone a decoder of this size is long
+in finding out that a step needs only what stands before it. A lone `#` in other notations than the first is prose to
+the verifier, so these runs take --verifier number.
+
+Not here: the world itself and the checkpoints that are shipped (make.py), what is done with them (experiments/).
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import make  # noqa: E402
+from make import Checkpoint, Phase  # noqa: E402
+from support.tokenizer import Tokenizer  # noqa: E402
+from support.weights import load_model  # noqa: E402
+
+MADE = make.TOY.parent / "runs" / "made"
+NOTATIONS = "=;", ":,", "~&", "_|", "$!", "@%", "<>", "(/"       # what stands for `=` and for `;`
+OLD, ALL = "+-^", "+-^*"                                         # `^` is the larger of two
+N_TRAIN, N_TEST = 1500, 128
+DIGITS = 3, 8, 12                                               # other lengths than the usual five
+SEEN = 2, 5, 10, 20
+
+
+# The language
+
+def in_notations(rng: random.Random, operators: str = "+-*", slip: float = 0.0, count: int = 1,
+                 digits: int = make.DIGITS) -> make.Example:
+    """A written-out calculation in one of the first `count` notations."""
+    problem = make.draw(rng, operators, digits)
+    calculation, slips = make.write_out(problem, rng, slip)
+    signs = str.maketrans(NOTATIONS[0], NOTATIONS[rng.randrange(count)])
+    return problem, calculation.translate(signs), slips
+
+
+def notation(text: str) -> int | None:
+    """The number of the notation that a response is in: of its first sign. None where there is no sign."""
+    signs = {sign: number for number, pair in enumerate(NOTATIONS) for sign in pair}
+    return next((signs[character] for character in text if character in signs), None)
+
+
+# The checkpoints: first `base`, then a little more of what each of them is for. A seed fixes weights and examples
+
+def both_ways(operators: str, share: float = 1.0, **kind) -> dict:
+    """Written out, and going on after a slip: without the second a small decoder is long in finding out that a step
+    needs only what stands before it."""
+    return {partial(in_notations, operators=operators, **kind): 0.6 * share,
+            partial(in_notations, operators=operators, slip=0.3, **kind): 0.4 * share}
+
+
+def base(operators: str, steps: int, width: int = 96, **kind) -> Checkpoint:
+    return Checkpoint(width, 3, 100, [Phase(steps, 3e-3, both_ways(operators, **kind))], (0.0, 1.0), batch=32)
+
+
+def more(steps: int, mixture: dict) -> Checkpoint:
+    return Checkpoint(96, 3, 200, [Phase(steps, 1e-3, mixture)], (0.0, 1.0), batch=32)
+
+
+def seen(percent: int, steps: int, **kind) -> Checkpoint:
+    """percent: of the examples that may have a `*`."""
+    return more(steps, both_ways(OLD, 1 - percent / 100, **kind) | both_ways(ALL, percent / 100, **kind))
+
+
+BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800)}
+CHECKPOINTS = BASES | {
+    "one": seen(50, 250), "both": seen(50, 500, count=2), **{f"seen{percent}": seen(percent, 150) for percent in SEEN},
+    **{f"notations{count}": more(150 + 25 * count, both_ways(ALL, count=count)) for count in (2, 4, 8)},
+    **{f"digits{digits}": seen(50, 250, digits=digits) for digits in DIGITS},
+    **{f"teacher{digits}": more(250, both_ways(ALL, digits=digits)) for digits in DIGITS}}
+
+
+def parent(name: str) -> str | None:
+    """The checkpoint that this one goes on from."""
+    return None if name in BASES else "notations1" if name.startswith(("notations", "teacher")) else "never"
+
+
+def description(name: str) -> str:
+    """All that its weights follow from, but for the seed."""
+    c, start = CHECKPOINTS[name], parent(name)
+    kinds = [{str(kind.keywords): share for kind, share in phase.mixture.items()} for phase in c.phases]
+    return repr((c.width, c.layers, c.seed, c.batch, [(phase.steps, phase.lr) for phase in c.phases], kinds,
+                 start and description(start)))
+
+
+# Files
+
+def problems() -> set[str]:
+    """Writes the files of problems, the same every time, and returns the held-out problems."""
+    held_out = set()
+    for name, operators, digits in (("times", ALL, make.DIGITS), ("only", "*", make.DIGITS),
+                                    *((f"times{digits}", ALL, digits) for digits in DIGITS)):
+        rng = random.Random(name)
+        new = sorted({p for p in (make.draw(rng, operators, digits) for _ in range(4 * N_TRAIN)) if "*" in p})
+        old = sorted({make.draw(rng, OLD, digits) for _ in range(4 * N_TRAIN)})
+        new, old = rng.sample(new, N_TRAIN + N_TEST), rng.sample(old, N_TEST)
+        write(f"{name}_train.jsonl", [(problem, "new") for problem in new[N_TEST:]])
+        write(f"{name}_test.jsonl", [(p, kind) for both in zip(new, old) for p, kind in zip(both, ("new", "old"))])
+        held_out |= {*new[:N_TEST], *old}
+    return held_out
+
+
+def write(name: str, found: list[tuple[str, str]]) -> None:
+    MADE.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for problem, kind in found:
+        solution = make.write_out(problem)[0]
+        record = {"problem": problem, "answer": solution[-1], "solution": solution, "kind": kind}
+        lines.append(json.dumps(record) + "\n")
+    new = MADE / f".{name}.{os.getpid()}"
+    new.write_text("".join(lines))
+    new.replace(MADE / name)
+
+
+def data(name: str) -> str:
+    """train.py's flags for problems of this name."""
+    return f"--data {MADE / name}_train.jsonl --eval_data {MADE / name}_test.jsonl"
+
+
+def make_one(job: tuple[str, int, set[str]]) -> int:
+    """Returns the steps of its pretraining."""
+    name, seed, held_out = job
+    torch.set_num_threads(1)
+    c, start = CHECKPOINTS[name], parent(name) and load_model(MADE / f"{parent(name)}-{seed}")
+    new = MADE / f".{name}-{seed}.{os.getpid()}"
+    make.write_tokenizer(new)
+    with open(os.devnull, "w") as nowhere:
+        model = make.pretrain(name, replace(c, seed=c.seed + seed), Tokenizer(new), held_out, start, to=nowhere)
+    model.save(new, torch.bfloat16)
+    (new / "made.txt").write_text(description(name))
+    new.rename(MADE / f"{name}-{seed}")
+    return steps_of(name)
+
+
+def steps_of(name: str) -> int:
+    return sum(phase.steps for phase in CHECKPOINTS[name].phases)
+
+
+def made(names: list[str], seeds: list[int]) -> None:
+    """Makes what is not there of every name and seed, on all cores."""
+    held_out, first = problems(), sorted({parent(name) or name for name in names})
+    for group in (first, [name for name in names if name not in first]):
+        jobs = []
+        for name, seed in product(group, seeds):
+            if (file := MADE / f"{name}-{seed}/made.txt").exists():
+                if file.read_text() == description(name):
+                    continue
+                shutil.rmtree(file.parent)
+            jobs.append((name, seed, held_out))
+        if jobs:
+            together(sorted(jobs, key=lambda job: -steps_of(job[0])))
+
+
+def together(jobs: list[tuple]) -> None:
+    with torch.multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool, \
+            tqdm(total=sum(steps_of(name) for name, *_ in jobs), desc="checkpoints") as bar:
+        for steps in pool.imap_unordered(make_one, jobs):
+            bar.update(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes checkpoints that experiments need, into runs/made.")
+    parser.add_argument("names", nargs="+", choices=CHECKPOINTS, metavar="name", help=", ".join(CHECKPOINTS))
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    made(args.names, list(range(args.seeds)))
+
+
+if __name__ == "__main__":
+    main()
