@@ -17,9 +17,12 @@ from model import MODELS, Linear, ModelConfig
 # float32 tensors over the vocabulary that are alive at once while a few rows run their loss
 CHUNK_TENSORS = {"cross_entropy": 4, "skewed_forward_kl": 10, "uld": 11, "skewed_reverse_kl": 13, "jsd": 14, "gold": 14}
 OTHER_DIVERGENCES = 7
-LIBRARIES = 96 * 2**20      # what tokenizers, torch and its kernels take once they are in use
+LIBRARIES = 96 * 2**20, 64 * 2**20      # what tokenizers, torch and its kernels take once in use: GPU, CPU
 MAPPED = 2**22              # bytes from which the C library gives a freed block back to the system at once
 FREE_HEAP = 2**26           # what it keeps of smaller ones
+HOLES = 0.25                # share of the kept blocks below MAPPED that stands empty between them, above FREE_HEAP
+# bytes that oneDNN's compiled products take: after the proof at start; more for each micro-batch; at most
+COMPILED = 104 * 2**20, 7 * 2**20, 340 * 2**20
 ROOM = 0.75                 # share of the memory that sizes left to `fit` may fill
 PER_TOKENIZER = 7.5         # bytes of an open tokenizer per byte of its tokenizer.json
 PER_BRIDGE = 1.5            # the same of what a bridge adds, per byte of both files: byte tables, an order of tokens
@@ -31,7 +34,8 @@ PHASES = {
     "evaluation": ("KV cache, logits and head of the evaluation",),
     "scoring": ("teacher's pass over a micro-batch", "logits of a scored chunk", "teacher layers on their visit",
                 "teacher states between two layers"),
-    "update": ("activations of a micro-batch", "logits of a chunk", "weights as they are multiplied"),
+    "update": ("activations of a micro-batch", "freed blocks between activations", "logits of a chunk",
+               "weights as they are multiplied"),
     "optimizer step": ("AdamW moments on their visit",),
     "saving": ("weights as they are written",),
 }
@@ -127,9 +131,9 @@ def head_widths(c: ModelConfig) -> tuple[int, int]:
     return c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
 
-def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool, rank: int = 0) -> int:
-    """Bytes that the forward pass of `tokens` tokens leaves for the backward pass. item: bytes of a product's dtype;
-    rank: of the adapters.
+def kept_blocks(c: ModelConfig, tokens: int, item: int, rank: int = 0) -> list[tuple[int, int]]:
+    """(bytes, bytes of one block) of what the forward pass of `tokens` tokens through a layer leaves for the backward
+    pass. item: bytes of a product's dtype; rank: of the adapters.
 
     Per norm its input and, unless its weight is frozen, the normed value, both in float32, and its output; per
     projection its input; the turned q, k and v; attention's output twice, before and after its heads are put side by
@@ -138,13 +142,37 @@ def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool
     q, kv = head_widths(c)
     normed = c.own.get("normed", 2 * c.hidden_size + (q + kv) * c.qk_norm)
     mlp = c.own.get("mlp_kept", 4 * c.intermediate_size)
-    norms = normed * (4 if rank else 8) + 2 * c.hidden_size * item
-    per_layer = tokens * (norms + item * (3 * q + 2 * kv + mlp + 7 * rank))
+    return [(tokens * normed * (4 if rank else 8), tokens * c.hidden_size * 4),
+            (tokens * item * (2 * c.hidden_size + 3 * q + 2 * kv + 7 * rank), tokens * c.hidden_size * item),
+            (tokens * item * mlp, tokens * c.intermediate_size * item)]
+
+
+def kept_activations(c: ModelConfig, tokens: int, item: int, checkpointing: bool, rank: int = 0) -> int:
+    """Bytes that the forward pass of `tokens` tokens leaves for the backward pass, and of the gradients of a layer."""
+    per_layer = sum(size for size, _ in kept_blocks(c, tokens, item, rank))
     # of the layer at work; an adapter has its own beside that of the weight
     gradients = tokens * item * ((4 if rank else 2) * c.intermediate_size + c.hidden_size)
     if checkpointing:
         return per_layer + gradients + tokens * c.hidden_size * item * c.num_hidden_layers
     return per_layer * c.num_hidden_layers + gradients
+
+
+def holes(c: ModelConfig, tokens: int, item: int, checkpointing: bool, rank: int = 0) -> int:
+    """Bytes of a CPU's heap that were freed between kept activations. glibc puts an aligned block only where more than
+    its size is free, so what a layer holds for a moment leaves room that the next block of its size cannot take.
+    Blocks from MAPPED on are not in the heap: a model 512 wide has next to none of this."""
+    small = sum(size for size, block in kept_blocks(c, tokens, item, rank) if block < MAPPED)
+    return int(HOLES * small * (1 if checkpointing else c.num_hidden_layers))
+
+
+def compiled_products(cfg, job: Job) -> int:
+    """Bytes of the products that a CPU with AVX-512 compiles in half precision, one for each shape, and keeps, the last
+    1,024 of them. Micro-batches are of ever new lengths."""
+    if compute_dtype(cfg, job.device).itemsize == 4 or "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return 0
+    at_start, each, most = COMPILED
+    tokens = cfg.problems * cfg.samples * (job.prompt + cfg.max_new_tokens)
+    return min(most, at_start + each * cfg.steps * -(-tokens // cfg.micro_batch_tokens))
 
 
 def cast_weights(cfg, job: Job) -> int:
@@ -234,8 +262,10 @@ def lasting(cfg, job: Job) -> dict[str, int]:
             "student copy for sampling": 0 if item == 4 else item * weights,
             "teacher weights": frozen_weights(cfg, job),
             "teacher hidden states": rows * (max(read, default=0) + reference) * item,
-            "libraries": LIBRARIES}
-    return plan | ({"freed blocks": FREE_HEAP, **job.text} if job.device.type == "cpu" else {})
+            "libraries": LIBRARIES[job.device.type == "cpu"]}
+    if job.device.type == "cpu":
+        plan |= {"freed blocks": FREE_HEAP, "compiled products": compiled_products(cfg, job), **job.text}
+    return plan
 
 
 def passing(cfg, job: Job) -> dict[str, int]:
@@ -249,6 +279,7 @@ def passing(cfg, job: Job) -> dict[str, int]:
     chunk, at_once = (min(count, sequences * cfg.max_new_tokens) for count in (chunk, at_once))
     adapters, read = adapter_weights(s, flag(cfg, "lora_rank")), [model.config for model in scorers(cfg, job)]
     theirs = (job.teacher_vocab or job.vocab_size) if read else 0
+    passed = s, tokens, item, flag(cfg, "gradient_checkpointing"), flag(cfg, "lora_rank")
     return {
         "KV cache": cache(s, min(cfg.slots, sequences), length, item),
         "logits of the slots": min(cfg.slots, sequences) * job.vocab_size * item,
@@ -260,8 +291,8 @@ def passing(cfg, job: Job) -> dict[str, int]:
         "teacher states between two layers": sequences * length * item * max(
             (c.hidden_size + 2 * c.head_dim for c in read), default=0) * (flag(cfg, "teacher_memory") == "stream"),
         "logits of a scored chunk": 3 * 4 * theirs * chunk,
-        "activations of a micro-batch": kept_activations(s, tokens, item, flag(cfg, "gradient_checkpointing"),
-                                                          flag(cfg, "lora_rank")),
+        "activations of a micro-batch": kept_activations(*passed),
+        "freed blocks between activations": holes(*passed) * cpu,
         "weights as they are multiplied": cast_weights(cfg, job),
         "logits of a chunk": (job.vocab_size + theirs) * item * chunk + 4 * tensors * job.vocab_size * at_once,
         "AdamW moments on their visit": 8 * (adapters or job.student.weights) * offloads(cfg, job),
@@ -345,17 +376,6 @@ def total_memory(device: torch.device) -> int:
         except (OSError, ValueError):       # not there, or "max"
             pass
     return whole // processes()
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that nobody uses at the moment; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def fit(cfg, job: Job):

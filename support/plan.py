@@ -13,8 +13,9 @@ import torch
 from support import memory as memory_file
 from support.errors import UserError, shown
 from support.extras import offers
-from support.memory import (CHOSEN, PHASES, ROOM, Job, compute_dtype, fit, flag, free_memory, fullest, host_plan,
-                            memory_plan, peak, size_text, total_memory)
+from support.memory import (CHOSEN, PHASES, ROOM, Job, compute_dtype, fit, flag, fullest, host_plan, memory_plan,
+                            peak, size_text, total_memory)
+from support.used_memory import free_memory
 
 UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 

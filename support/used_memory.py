@@ -1,4 +1,5 @@
-"""Used memory: what this process takes, and how its heap gives freed blocks back. memory.py says what it will need."""
+"""Used memory: what this process takes, what nobody does, and how its heap gives freed blocks back. memory.py says what
+a run will need."""
 import ctypes
 import os
 import sys
@@ -26,6 +27,17 @@ def used_memory(device: torch.device, since: int = 0) -> int:
     import resource     # not on Windows
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024) - since
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that nobody uses at the moment; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def trim() -> None:

@@ -1,4 +1,6 @@
 """The memory plan equals the tensors of a step."""
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import adamw, collect, one_step, ready
@@ -74,6 +76,37 @@ def test_weights_are_cast_once_more_unless_the_samplers_are_borrowed(command, fl
                 if "_proj.weight" in name or name == "model.embed_tokens.weight")
     spare = run.student.config.hidden_size * (run.student.config.vocab_size - VOCAB)     # padding rows are not cast
     assert memory.memory_plan(run.cfg, job)["weights as they are multiplied"] == 2 * cast * (casts - spare)
+
+
+def test_small_kept_blocks_leave_holes_on_a_cpu_alone(command):
+    """fails if: holes() counts blocks from MAPPED on, or passing() plans holes or compiled products for a GPU too"""
+    raw = dict(model_type="qwen3", vocab_size=64, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+               num_attention_heads=8, num_key_value_heads=4, head_dim=32, tie_word_embeddings=True)
+    config = ModelConfig.from_dict(raw)
+    norms, wide, mlp = (size for size, _ in memory.kept_blocks(config, 2048, 4))
+    assert memory.holes(config, 2048, 4, False) == 6 * (norms + wide) // 4      # an MLP's tensors are of 6 MiB
+    assert memory.holes(config, 1024, 4, True) == (norms + wide + mlp) // 8     # of one layer, half as many tokens
+    assert memory.holes(config, 2**15, 4, False) == 0
+    cfg, _ = parse(command(dtype="bfloat16", slots=4, micro_batch_tokens=64), train.SETTINGS)
+    plans = [memory.memory_plan(cfg, memory.Job(torch.device(device), 2**34, memory.sized(config), [], None, 64, 8))
+             for device in ("cpu", "cuda")]
+    here, gpu = (plan["freed blocks between activations"] for plan in plans)
+    assert here > 0 == gpu and "compiled products" in plans[0].keys() - plans[1].keys()
+
+
+def test_compiled_products_grow_with_micro_batches_up_to_a_limit(command, monkeypatch):
+    """fails if: compiled_products() counts float32, a CPU that compiles none, or goes on beyond what is kept"""
+    cfg, _ = parse(command(dtype="bfloat16", problems=10, samples=1, max_new_tokens=8, micro_batch_tokens=80),
+                   train.SETTINGS)
+    size = memory.sized(ModelConfig.from_dict(dict(model_type="llama", vocab_size=64, hidden_size=16, head_dim=8,
+                                                   intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)))
+    job, (at_start, each, most) = memory.Job(torch.device("cpu"), 2**34, size, [], None, 64, 8), memory.COMPILED
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert memory.compiled_products(replace(cfg, steps=3), job) == at_start + 3 * 2 * each      # 160 tokens, 80 each
+    assert memory.compiled_products(replace(cfg, steps=10**6), job) == most
+    assert memory.compiled_products(replace(cfg, dtype="float32"), job) == 0
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert memory.compiled_products(cfg, job) == 0
 
 
 def test_the_peak_counts_the_larger_phase():

@@ -167,7 +167,7 @@ def test_a_run_that_does_not_fit_says_so_and_goes_on(command, monkeypatch, capsy
     monkeypatch.setattr(setup, "total_memory", lambda device: 100 * 2**20)
     assert train.main(command()) == 0
     lines = first_lines(capsys)
-    assert lines[0].startswith("memory  does not fit: about 16") and " of 100.0 MiB, 6" in lines[0]
+    assert lines[0].startswith("memory  does not fit: about 12") and " of 100.0 MiB, 2" in lines[0]
     assert "8 slots, micro-batches of 64 tokens" in lines[0] and lines[2].startswith("        warning: it goes on")
 
 
