@@ -56,39 +56,55 @@ def lesson(student: str, teacher: str, arms: dict[str, str], steps: int = 60, ki
 
 
 HANDS = {
-    OWN: "opd --lr 1e-4",
-    "own text, forward KL": "opd --divergence forward_kl --lr 1e-4",
-    "teacher's text, reverse KL": "gkd --lmbda 0 --responses teacher --divergence reverse_kl --lr 1e-4",
-    SFT: "sft --responses teacher --lr 1e-4"}
+    OWN: "opd",
+    "own text, forward KL": "opd --divergence forward_kl",
+    "teacher's text, reverse KL": "gkd --lmbda 0 --responses teacher --divergence reverse_kl",
+    SFT: "sft --responses teacher"}
 BOTH = {
-    OWN: "opd --lr 1e-4",
-    "own text, forward KL": "opd --divergence forward_kl --lr 1e-4",
-    "sampled policy gradient": "opd --divergence policy_gradient --advantage opd --lr 1e-4",
-    "minillm: credit to the first token": "minillm --lr 1e-4",
-    SFT: "sft --responses teacher --lr 1e-4"}
-RARE = {OWN: "opd --problems 4 --samples 8 --lr 3e-4", "grpo: a verifier, no teacher": "grpo --teacher none --problems 4 --samples 8 --lr 3e-4",
-        SFT: "sft --responses teacher --lr 3e-4"}
-RUINED = {OWN: "opd --lr 1e-4", SFT: "sft --responses teacher --lr 1e-4",
-          "sampled policy gradient": "fire --weight none --lr 1e-4",
-          "the same without FiRe's fifth": "fire --fire_alpha 0 --fire_beta 0 --lr 1e-4",
-          "the same without any fifth": "fire --weight random --keep 0.8 --lr 1e-4"}
+    OWN: "opd",
+    "own text, forward KL": "opd --divergence forward_kl",
+    "sampled policy gradient": "opd --divergence policy_gradient --advantage opd",
+    "minillm: credit to the first token": "minillm",
+    SFT: "sft --responses teacher"}
+RARE = {
+    OWN: "opd --problems 4 --samples 8",
+    "grpo: a verifier, no teacher": "grpo --teacher none --problems 4 --samples 8",
+    SFT: "sft --responses teacher"}
+RUINED = {
+    OWN: "opd", SFT: "sft --responses teacher",
+    "sampled policy gradient": "fire --weight none",
+    "the same without FiRe's fifth": "fire --fire_alpha 0 --fire_beta 0",
+    "the same without any fifth": "fire --weight random --keep 0.8"}
+RUINING = {"sft at 1e-4": "sft --responses teacher --lr 1e-4"}
+CHOSEN = {      # by --rates, arm by arm
+    "N = 1": "3e-4 3e-4 3e-4 3e-4", "N = 2": "3e-4 3e-5 3e-5 3e-5", "N = 4": "3e-4 3e-5 3e-5 3e-5",
+    "N = 8": "3e-4 3e-5 3e-5 3e-5", "knows both": "1e-4 3e-5 1e-4 1e-4 3e-5", "never": "3e-4 3e-4 3e-4",
+    "ruined": "3e-4 3e-4 1e-4 1e-4 1e-4"}
+
+
+def at(name: str, arms: dict[str, str]) -> dict[str, str]:
+    """The arms of a lesson, each with its learning rate."""
+    return {label: f"{command} --lr {rate}" for (label, command), rate in zip(arms.items(), CHOSEN[name].split())}
 
 
 def lessons(runs: Path) -> dict[str, Lesson]:
-    ruined = f"{runs.resolve()}/{slug('N = 4')}/{slug(SFT)}-{{seed}}/last"
+    ruined = f"{runs.resolve()}/{slug('N = 4, larger steps')}/{slug(*RUINING)}-{{seed}}/last"
+    hands = {count: at(f"N = {count}", HANDS) for count in (1, 2, 4, 8)}
     return {
-        **{f"N = {count}": lesson("one", f"notations{count}", HANDS) for count in (1, 2, 4, 8)},
-        "N = 4, as many FLOPs": lesson("one", "notations4", {SFT: HANDS[SFT]}, steps=72),
-        "N = 4, four times as long": lesson("one", "notations4", {OWN: HANDS[OWN], SFT: HANDS[SFT]}, steps=240),
-        "knows both": lesson("both", "notations2", BOTH),
-        "never": lesson("never", "notations1", RARE, steps=90, kind="only"),
-        "ruined": lesson(ruined, "notations4", RUINED)}
+        **{f"N = {count}": lesson("one", f"notations{count}", arms) for count, arms in hands.items()},
+        "N = 4, as many FLOPs": lesson("one", "notations4", {SFT: hands[4][SFT]}, steps=72),
+        "N = 4, four times as long": lesson("one", "notations4", {label: hands[4][label] for label in (OWN, SFT)},
+                                            steps=240),
+        "N = 4, larger steps": lesson("one", "notations4", RUINING),
+        "knows both": lesson("both", "notations2", at("knows both", BOTH)),
+        "never": lesson("never", "notations1", at("never", RARE), steps=90, kind="only"),
+        "ruined": lesson(ruined, "notations4", at("ruined", RUINED))}
 
 
 def sweeps(runs: Path) -> dict[str, Lesson]:
-    two = {OWN: HANDS[OWN], SFT: HANDS[SFT]}
+    rare, two = at("never", RARE), {label: at("N = 1", HANDS)[label] for label in (OWN, SFT)}
     return {
-        **{f"seen{percent}": lesson(f"seen{percent}", "notations1", RARE, steps=90, kind="only") for percent in SEEN},
+        **{f"seen{percent}": lesson(f"seen{percent}", "notations1", rare, steps=90, kind="only") for percent in SEEN},
         **{f"{digits} digits": lesson(f"digits{digits}", f"teacher{digits}", two, kind=f"times{digits}",
                                       more=f"--max_new_tokens {6 * digits}") for digits in DIGITS}}
 
@@ -131,15 +147,14 @@ def rate(folder: Path) -> str:
 def rates(runs: Path) -> None:
     """The mean of both skills of each arm at each rate, on the models of the pilot's seed."""
     here = lessons(runs)
-    for name in ("N = 4", "knows both", "never", "ruined"):
+    run_lesson("N = 4, larger steps", here["N = 4, larger steps"], 1, runs, PILOT)      # `ruined` goes on from it
+    for name in CHOSEN:
         arms = {f"{label} {lr}": f"{command.rpartition(' --lr ')[0]} --lr {lr}"
                 for label, command in here[name].arms.items() for lr in RATES}
         found = run_lesson(name, here[name]._replace(arms=arms), 1, runs / "rates", PILOT)
         score = {label: sum(measured(folder)[:2]) / 2 for label, (folder,) in found.items()}
         table([name, *RATES], [[label, *(f"{score[f'{label} {lr}']:.1%}" for lr in RATES)]
                                for label in here[name].arms])
-        if name == "N = 4":     # what `ruined` starts from
-            run_lesson(name, here[name]._replace(arms={SFT: HANDS[SFT]}), 1, runs, PILOT)
 
 
 def picture(points: dict[str, dict[str, tuple[float, float]]]) -> str:
