@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from compare import TOY, cost_to_reach, differences, interval, mean_by, number, percent, records, run_all, table
+from compare import TOY, cost_to_reach, differences, mean_by, number, percent, records, run_all, table
 
 sys.path.insert(0, str(TOY))
 from made import MADE, data, made, problems  # noqa: E402
@@ -46,8 +46,8 @@ TASKS = {
 COMMON = (f"--problems 32 --steps {STEPS} --eval_every 10 --eval_k 2 --verifier number --no-eval_teacher "
           f"--no-token_view --quiet")
 ROWS = ("opd", "opd --divergence forward_kl", "opd --divergence policy_gradient --advantage opd", "minillm",
-        "sft --responses teacher", "grpo --teacher none --problems 4 --samples 8", "iw", "power", "vopd", "tropd", "veto",
-        "topd", "lightning", "opsa --teacher none")
+        "sft --responses teacher", "grpo --teacher none --problems 4 --samples 8", "iw", "power", "vopd", "tropd",
+        "veto", "topd", "lightning", "opsa --teacher none")
 
 
 def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:

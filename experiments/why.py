@@ -15,7 +15,8 @@ Claim      1. A teacher's text teaches its notation together with its knowledge.
 Paper      None: the reasons that GKD (2306.13649), MiniLLM (2306.08543) and Thinking Machines give for being on-policy.
 Design     Models of toy/made.py, fresh ones for each seed. The teachers are right and write each calculation in one
            of N notations, all equally often. Steps of 32 responses to problems with a `*`, which the student knows
-           less well (new skill); calculations without one (old skill) are only tested. The learning rate of each arm is
+           less well (new skill); calculations without one (old skill) are only tested. In 3 a response is right if the
+           whole calculation is. The learning rate of each arm is
            that of 3e-5, 1e-4 and 3e-4 with the best mean of both skills on the models of another seed.
 Measured   avg@4 at temperature 1 on 128 held-out problems of each kind; share of responses in the student's first
            notation.
@@ -79,7 +80,7 @@ RUINING = {"sft at 1e-4": "sft --responses teacher --lr 1e-4"}
 CHOSEN = {      # by --rates, arm by arm
     "N = 1": "3e-4 3e-4 3e-4 3e-4", "N = 2": "3e-4 3e-5 3e-5 3e-5", "N = 4": "3e-4 3e-5 3e-5 3e-5",
     "N = 8": "3e-4 3e-5 3e-5 3e-5", "knows both": "1e-4 3e-5 1e-4 1e-4 3e-5", "never": "3e-4 3e-4 3e-4",
-    "ruined": "3e-4 3e-4 1e-4 1e-4 1e-4"}
+    "ruined": "3e-4 3e-4 3e-4 3e-4 3e-4"}
 
 
 def at(name: str, arms: dict[str, str]) -> dict[str, str]:
@@ -97,14 +98,15 @@ def lessons(runs: Path) -> dict[str, Lesson]:
                                             steps=240),
         "N = 4, larger steps": lesson("one", "notations4", RUINING),
         "knows both": lesson("both", "notations2", at("knows both", BOTH)),
-        "never": lesson("never", "notations1", at("never", RARE), steps=90, kind="only"),
+        "never": lesson("never", "notations1", at("never", RARE), steps=90, kind="only", more="--verifier exact"),
         "ruined": lesson(ruined, "notations4", at("ruined", RUINED))}
 
 
 def sweeps(runs: Path) -> dict[str, Lesson]:
     rare, two = at("never", RARE), {label: at("N = 1", HANDS)[label] for label in (OWN, SFT)}
     return {
-        **{f"seen{percent}": lesson(f"seen{percent}", "notations1", rare, steps=90, kind="only") for percent in SEEN},
+        **{f"seen{percent}": lesson(f"seen{percent}", "notations1", rare, steps=90, kind="only",
+                                   more="--verifier exact") for percent in SEEN},
         **{f"{digits} digits": lesson(f"digits{digits}", f"teacher{digits}", two, kind=f"times{digits}",
                                       more=f"--max_new_tokens {6 * digits}") for digits in DIGITS}}
 

@@ -11,7 +11,9 @@ them as they are. A checkpoint whose description here has changed is made again.
                             right in all: `3+8=1;1*2=2#2`, `3+8:1,1*2:2#2`, `3+8~1&1*2~2#2` ...
     digits3, 8, 12          `one` for calculations of so many digits; teacher3, 8, 12 their teachers
 
-    times_train.jsonl   problems with at least one `*`; only_train.jsonl: with nothing else
+    times_train.jsonl   problems with at least one `*`
+    only_train.jsonl    problems with nothing else, whose answer is the whole calculation (for --verifier exact): one
+                        digit is guessed in a case out of ten, four steps are not
     times_test.jsonl    held-out problems of two kinds, `new` (of the same sort) and `old` (without a `*`)
     times3_train.jsonl and so on    of so many digits
 
@@ -133,7 +135,8 @@ def write(name: str, found: list[tuple[str, str]]) -> None:
     lines = []
     for problem, kind in found:
         solution = make.write_out(problem)[0]
-        record = {"problem": problem, "answer": solution[-1], "solution": solution, "kind": kind}
+        answer = solution if name.startswith("only") else solution[-1]
+        record = {"problem": problem, "answer": answer, "solution": solution, "kind": kind}
         lines.append(json.dumps(record) + "\n")
     new = MADE / f".{name}.{os.getpid()}"
     new.write_text("".join(lines))
