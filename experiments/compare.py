@@ -113,10 +113,10 @@ def run(label: str, command: str, flags: str, seed: int, runs: Path) -> Path:
     return folder
 
 
-def run_all(arms: dict[str, str], flags: str, seeds: int, runs: Path) -> dict[str, list[Path]]:
-    """label -> its finished runs, one per seed. arms: label -> recipe and flags."""
+def run_all(arms: dict[str, str], flags: str, seeds: int, runs: Path, first: int = 0) -> dict[str, list[Path]]:
+    """label -> its finished runs, one per seed from `first` on. arms: label -> recipe and flags."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        jobs = {label: [pool.submit(run, label, command, flags, seed, runs) for seed in range(seeds)]
+        jobs = {label: [pool.submit(run, label, command, flags, first + seed, runs) for seed in range(seeds)]
                 for label, command in arms.items()}
         try:
             return {label: [job.result() for job in found] for label, found in jobs.items()}
@@ -192,12 +192,14 @@ def table(header: list[str], rows: list[list[str]]) -> None:
     print(flush=True)
 
 
-def options(doc: str, name: str, seeds: int) -> argparse.Namespace:
-    """--seeds and --runs, for the scripts that take nothing else."""
+def options(doc: str, name: str, seeds: int, quick: str = "") -> argparse.Namespace:
+    """--seeds and --runs, for the scripts that take nothing else; --quick where it says what that leaves."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=seeds, choices=range(1, max(STUDENT_T) + 1), metavar="N",
                         help=f"runs per arm, for the intervals (default: {seeds})")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="where the runs are kept")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
     return parser.parse_args()
 
 

@@ -67,8 +67,9 @@ def by_hand():
     """Four responses of two tokens to one problem, two of them right; the last has no hints. And both readings."""
     right = [[-0.5, -1.0], [-0.7, -2.0], [-0.3, -0.1], [-1.0, -1.0]]
     wrong = [[-1.5, -1.001], [-0.2, -2.4], [-0.3, -0.102], [float("nan")] * 2]
-    s = Signals(teacher_logp_N=torch.tensor(right, dtype=F64).flatten(), reward_B=torch.tensor([1.0, 0, 0, 1], dtype=F64),
-                wrong_hint_logp_N=torch.tensor(wrong, dtype=F64).flatten(), group_B=torch.zeros(4, dtype=torch.int64),
+    right_N, wrong_N = (torch.tensor(reading, dtype=F64).flatten() for reading in (right, wrong))
+    s = Signals(teacher_logp_N=right_N, wrong_hint_logp_N=wrong_N, reward_B=torch.tensor([1.0, 0, 0, 1], dtype=F64),
+                group_B=torch.zeros(4, dtype=torch.int64),
                 behavior_logp_N=torch.zeros(8, dtype=F64), sequence_N=torch.arange(4).repeat_interleave(2),
                 position_N=torch.arange(2).repeat(4), length_B=torch.full((4,), 2), token_N=torch.arange(8))
     return s, right, wrong
@@ -102,7 +103,8 @@ def test_moved_tokens_and_the_others_have_a_mean_each():
     loss_N = torch.randn(8, dtype=F64, generator=torch.Generator().manual_seed(0))
     for cfg, here in ((CFG, range(6)), (Config(rlcsd_size=0.8, rlcsd_least=0.05, skip_first=1), (1, 3, 5))):
         size = cfg.rlcsd_size
-        moved = [n for n in here if abs(size * tanh((s.teacher_logp_N[n] - s.wrong_hint_logp_N[n]).item() / 0.02)) > 0.05]
+        gap_N = (s.teacher_logp_N - s.wrong_hint_logp_N).tolist()
+        moved = [n for n in here if abs(size * tanh(gap_N[n] / 0.02)) > 0.05]
         rest = [n for n in here if n not in moved]
         weight_N = rlcsd_weight(s, cfg)
         expected = loss_N[moved].mean() + loss_N[rest].mean()
