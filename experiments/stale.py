@@ -7,7 +7,7 @@ Claim      Two or three passes over one batch of the student's text help. Forwar
            KL suffers, unless it is computed anew with the student as it is when it learns.
 Paper      CLOOPD, arXiv:2609.24141 (passes); AsyncOPD, arXiv:2606.24143 (directions, computing anew). What
            they say here is from their abstracts and what others write of them.
-Design     The toy pair. `--updates K` takes K optimizer steps on one rollout of 64 responses. Exact divergences
+Design     The toy pair. `--updates K` takes K optimizer steps on one rollout of 32 responses. Exact divergences
            and the ratio p/b are computed anew at each of them; the credit log q - log b of the sampled policy
            gradient is not. As many rollouts for every K, so the same student tokens; the learning rate of
            every arm is the best of a few on a seed that is not reported. Then the bias itself: a student that
@@ -43,10 +43,11 @@ LOSSES = {
 UPDATES = (1, 2, 4, 8)
 RATES = ("1e-4", "3e-4", "1e-3")        # of which every arm takes the one that is best on RATE_SEED
 RATE_SEED = 100
-FLAGS = "--steps 24 --eval_every 6 --eval_k 4 --warmup_steps 0 --no-eval_teacher --no-token_view --save_every 1000"
-BIAS = "opd --lr 3e-4 --no-token_view"
-QUICK = dict(updates=(1, 4), losses=("reverse KL", "sampled"), starts=(5,), half=128, rates=RATES[1:2])
-FULL = dict(updates=UPDATES, losses=tuple(LOSSES), starts=(5, 40), half=384, rates=RATES)
+FLAGS = "--problems 32 --steps 16 --eval_k 2 --warmup_steps 0 --no-eval_teacher --no-token_view --save_every 1000"
+MOVED_BY = {name: f"{LOSSES[name]} --problems 32 --lr 3e-4 --warmup_steps 0" for name in ("reverse KL", "forward KL")}
+POINTS = (("reverse KL", 5), ("reverse KL", 30), ("forward KL", 5))      # (by which loss, after how many steps)
+QUICK = dict(updates=(1, 4), losses=("reverse KL", "sampled"), points=POINTS[:1], half=96, rates=RATES[1:2])
+FULL = dict(updates=UPDATES, losses=tuple(LOSSES), points=POINTS, half=192, rates=RATES)
 
 
 # How well it learns
@@ -61,10 +62,10 @@ def stages(runs: Path, plan: dict = FULL, rates: dict | None = None) -> dict[str
     """name -> (arms, flags of all its arms). rates: arm -> its learning rate; without them the middle one."""
     found = arms(plan)
     return {"rates": ({f"{label}, lr {rate}": f"{command} --lr {rate}" for label, command in found.items()
-                       for rate in plan["rates"]}, FLAGS),
+                       for rate in plan["rates"]}, f"{FLAGS} --eval_every 0"),
             "learning": ({label: f"{command} --lr {(rates or {}).get(label, RATES[1])}"
-                          for label, command in found.items()}, FLAGS),
-            "bias": ({"bias": BIAS}, "--steps 1000")}
+                          for label, command in found.items()}, f"{FLAGS} --eval_every 4"),
+            "bias": (MOVED_BY, "--steps 1000")}
 
 
 def best_rates(plan: dict, runs: Path) -> dict[str, str]:
@@ -175,13 +176,14 @@ def compared(stale: list[Tensor], fresh: list[Tensor]) -> tuple[float, float]:
     return both / (stale2 * fresh2) ** 0.5, (stale2 / fresh2) ** 0.5
 
 
-def bias(seed: int, start: int, plan: dict, runs: Path) -> dict[tuple[str, int], tuple[float, float]]:
+def bias(seed: int, mover: str, start: int, plan: dict, runs: Path) -> dict[tuple[str, int], tuple[float, float]]:
     """(estimate, updates) -> compared, for a student of `start` steps and up to the most updates on one rollout after
-    them. Beside them ("halves agree", K): cosine of the two fresh halves and of two sampled ones, which is noise; and
-    ("moved", K): KL of writer and student in nats per token, and the share of tokens whose ratio a clip would bound."""
+    them, by the loss `mover`. Beside them ("halves agree", updates): the plain cosine of two fresh halves, for the
+    exact and the sampled loss, which says how much noise there was to take out; and ("moved", updates): KL of writer
+    to student, and the share of tokens whose ratio is outside the clip."""
     found = {}
     with redirect_stdout(sys.stderr):
-        run = ready(arguments(BIAS, "--steps 1000", seed, runs / "bias"))
+        run = ready(arguments(MOVED_BY[mover], "--steps 1000", seed, runs / "bias"))
         optimizer = run.make_optimizer(run.student, run.cfg)
         for step in range(start):
             run.step(run, optimizer, step, Clock())
@@ -220,14 +222,14 @@ def log_ratio_now(run, text: tuple) -> Tensor:
 
 def print_bias(seeds: int, plan: dict, runs: Path) -> None:
     counts = (0, *plan["updates"])
-    for start in plan["starts"]:
-        found = [bias(seed, start, plan, runs) for seed in range(seeds)]
+    for mover, start in plan["points"]:
+        found, at = [bias(seed, mover, start, plan, runs) for seed in range(seeds)], f"{mover}, after {start} steps"
         for measure, column in (("cosine", 0), ("ratio of norms", 1)):
             rows = [[name, *(number([one[name, k][column] for one in found]) for k in counts)] for name in ESTIMATES]
-            table([f"after {start} steps, {measure} of stale to fresh; updates since", *map(str, counts)], rows)
+            table([f"{at}: {measure}, stale to fresh; updates since", *map(str, counts)], rows)
         names = (("halves agree", 0, "cosine of two fresh halves, exact"), ("halves agree", 1, "the same, sampled"),
                  ("moved", 0, "KL of writer to student, nats per token"), ("moved", 1, "tokens beyond the clip"))
-        table([f"after {start} steps, text of {plan['half']} responses; updates since", *map(str, counts)],
+        table([f"{at}: halves of {plan['half']} responses; updates since", *map(str, counts)],
               [[title, *(number([one[name, k][column] for one in found], ".3f") for k in counts)]
                for name, column, title in names])
 
