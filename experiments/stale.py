@@ -18,6 +18,7 @@ Design     The toy pair. `--updates K` takes K optimizer steps on one rollout of
 Against    more updates no better at equal tokens, or no cheaper; reverse KL as close to its fresh gradient as
            forward KL; the sampled loss as good without its clip.
 """
+import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -41,12 +42,12 @@ LOSSES = {
     "sampled": "opd --divergence policy_gradient",
     "sampled, no clip": "opd --divergence policy_gradient --clip 1e6"}
 UPDATES = (1, 2, 4, 8)
-RATES = ("1e-4", "3e-4", "1e-3")        # of which every arm takes the one that is best on RATE_SEED
+RATES = ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3")    # of which every arm takes the one that is best on RATE_SEED
 RATE_SEED = 100
 FLAGS = "--problems 32 --steps 16 --eval_k 2 --warmup_steps 0 --no-eval_teacher --no-token_view --save_every 1000"
 MOVED_BY = {name: f"{LOSSES[name]} --problems 32 --lr 3e-4 --warmup_steps 0" for name in ("reverse KL", "forward KL")}
-POINTS = (("reverse KL", 5), ("reverse KL", 30), ("forward KL", 5))      # (by which loss, after how many steps)
-QUICK = dict(updates=(1, 4), losses=("reverse KL", "sampled"), points=POINTS[:1], half=96, rates=RATES[1:2])
+POINTS = (("reverse KL", 5), ("forward KL", 5))      # (by which loss, after how many steps)
+QUICK = dict(updates=(1, 4), losses=("reverse KL", "sampled"), points=POINTS[:1], half=96, rates=RATES[2:3])
 FULL = dict(updates=UPDATES, losses=tuple(LOSSES), points=POINTS, half=192, rates=RATES)
 
 
@@ -63,52 +64,80 @@ def stages(runs: Path, plan: dict = FULL, rates: dict | None = None) -> dict[str
     found = arms(plan)
     return {"rates": ({f"{label}, lr {rate}": f"{command} --lr {rate}" for label, command in found.items()
                        for rate in plan["rates"]}, f"{FLAGS} --eval_every 0"),
-            "learning": ({label: f"{command} --lr {(rates or {}).get(label, RATES[1])}"
+            "learning": ({label: f"{command} --lr {(rates or {}).get(label, RATES[2])}"
                           for label, command in found.items()}, f"{FLAGS} --eval_every 4"),
             "bias": (MOVED_BY, "--steps 1000")}
 
 
 def best_rates(plan: dict, runs: Path) -> dict[str, str]:
-    """The learning rate with which an arm ends highest, on one seed that no table shows."""
+    """The learning rate with which an arm ends highest on one seed that no table shows: from the middle one, as long as
+    a neighbour is better."""
     tried, flags = stages(runs, plan)["rates"]
-    found = run_all(tried, flags, 1, runs / "rates", first=RATE_SEED) if len(plan["rates"]) > 1 else {}
+    rates = plan["rates"]
+    at = {label: len(rates) // 2 for label in arms(plan)}
+    while len(rates) > 1:
+        near = {label: [i for i in (here, here - 1, here + 1) if 0 <= i < len(rates)] for label, here in at.items()}
+        names = [f"{label}, lr {rates[i]}" for label, places in near.items() for i in places]
+        found = run_all({name: tried[name] for name in names}, flags, 1, runs / "rates", first=RATE_SEED)
 
-    def ends_at(label: str) -> float:
-        (folder,) = found[label]
-        return summary(folder)["after"][accuracy_key(folder)]
-    return {label: max(plan["rates"], key=lambda rate: ends_at(f"{label}, lr {rate}") if found else 0)
-            for label in arms(plan)}
+        def ends_at(name: str) -> float:
+            (folder,) = found[name]
+            return summary(folder)["after"][accuracy_key(folder)]
+        best = {label: max(near[label], key=lambda i: ends_at(f"{label}, lr {rates[i]}")) for label in at}
+        if best == at:
+            break
+        at = best
+    return {label: rates[here] for label, here in at.items()}
 
 
-def path(folder: Path) -> list[tuple[float, int, float]]:
-    """(accuracy, student tokens, seconds of training) at every evaluation."""
-    points, tokens, seconds = [], 0, 0.0
+def steps_of(folder: Path) -> list[dict]:
+    return [record for record in records(folder) if "eval" not in record]
+
+
+def prices(folders: list[Path]) -> tuple[float, float]:
+    """Seconds per token of writing and scoring, and of one update: medians over the steps of all these runs, so that
+    what else the machine did during one of them does not count against its arm."""
+    steps = [(record, updates_of(folder)) for folder in folders for record in steps_of(folder)]
+    return (float(np.median([(one["seconds"] - one["update_seconds"]) / one["tokens"] for one, _ in steps])),
+            float(np.median([one["update_seconds"] / one["tokens"] / updates for one, updates in steps])))
+
+
+def updates_of(folder: Path) -> int:
+    return json.loads((folder / "config.json").read_text())["updates"]
+
+
+def path(folder: Path, writing: float, update: float) -> list[tuple[float, int, float]]:
+    """(accuracy, student tokens, seconds at these prices) at every evaluation."""
+    points, tokens = [], 0
     for record in records(folder):
         if "eval" in record:
+            seconds = tokens * (writing + update * updates_of(folder))
             points.append((record["eval"][accuracy_key(folder)], tokens, seconds))
         else:
-            tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
+            tokens += record["tokens"]
     return points
 
 
 def print_learning(found: dict[str, list[Path]], rates: dict[str, str]) -> None:
-    """One row per arm; what is equal is what the arm that took least of it in all had taken."""
-    paths = {label: [np.array(path(folder)) for folder in folders] for label, folders in found.items()}
+    """One row per arm; what is equal is what the run that took least of it in all had taken."""
+    price = prices([folder for folders in found.values() for folder in folders])
+    paths = {label: [np.array(path(folder, *price)) for folder in folders] for label, folders in found.items()}
     least = [min(one[-1, column] for of_seeds in paths.values() for one in of_seeds) for column in (1, 2)]
 
     def at(label: str, column: int) -> list[float]:
         return [float(np.interp(least[column - 1], one[:, column], one[:, 0])) for one in paths[label]]
     rows = []
     for label, of_seeds in paths.items():
-        once = at(f"{label.split(',')[0]}, 1", 1)
-        gain = differences(at(label, 1), once)
-        rollouts = len(records(found[label][0])) - len(of_seeds[0])
-        rows.append([label, rates[label], rollouts * int(label.rpartition(" ")[2]),
-                     f"{np.mean([one[-1, 1] for one in of_seeds]):,.0f}", percent(at(label, 1)),
-                     "" if label.endswith(", 1") else percent(gain, "+"), percent(at(label, 2)),
-                     f"{np.mean([one[-1, 2] for one in of_seeds]):.1f}"])
+        once, first = f"{label.rpartition(',')[0].removesuffix(', no clip')}, 1", found[label][0]
+        gains = ["" if label == once else percent(differences(at(label, column), at(once, column)), "+")
+                 for column in (1, 2)]
+        rows.append([label, rates[label], len(steps_of(first)) * updates_of(first),
+                     f"{np.mean([one[-1, 1] for one in of_seeds]):,.0f}", percent(at(label, 1)), gains[0],
+                     percent(at(label, 2)), gains[1], f"{np.mean([one[-1, 2] for one in of_seeds]):.1f}"])
     table(["loss, updates per rollout", "lr", "optimizer steps", "student tokens", f"at equal tokens ({least[0]:,.0f})",
-           "against one update", f"at equal seconds ({least[1]:.1f})", "seconds of training"], rows)
+           "against one update", f"at equal seconds ({least[1]:.1f})", "against one update", "seconds"], rows)
+    print("priced at {:.0f} microseconds per token written and scored, {:.0f} per token and update\n".format(
+        *(1e6 * seconds for seconds in price)))
 
 
 # What is wrong with the gradient
@@ -220,12 +249,21 @@ def log_ratio_now(run, text: tuple) -> Tensor:
     return told("teacher_logp_N")(run, batch, [part]) - fields_N["behavior_logp_N"]
 
 
+def known(values: list[float]) -> str:
+    """The mean over the seeds that have a number, and how many they are where some have none: noise may turn the
+    product of two halves negative."""
+    there = [value for value in values if value == value]
+    if not there:
+        return "-"
+    return number(there) + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
+
+
 def print_bias(seeds: int, plan: dict, runs: Path) -> None:
     counts = (0, *plan["updates"])
     for mover, start in plan["points"]:
         found, at = [bias(seed, mover, start, plan, runs) for seed in range(seeds)], f"{mover}, after {start} steps"
         for measure, column in (("cosine", 0), ("ratio of norms", 1)):
-            rows = [[name, *(number([one[name, k][column] for one in found]) for k in counts)] for name in ESTIMATES]
+            rows = [[name, *(known([one[name, k][column] for one in found]) for k in counts)] for name in ESTIMATES]
             table([f"{at}: {measure}, stale to fresh; updates since", *map(str, counts)], rows)
         names = (("halves agree", 0, "cosine of two fresh halves, exact"), ("halves agree", 1, "the same, sampled"),
                  ("moved", 0, "KL of writer to student, nats per token"), ("moved", 1, "tokens beyond the clip"))
