@@ -299,21 +299,25 @@ class Panel:
         self.usable_B: Tensor | None = None     # of the last batch: has a sequence something to learn from? (sibling)
 
     def parts(self, batch: Batch) -> list[Part]:
+        seen = batch.rollout
+        if not self.kind.reads_as_student:
+            seen = with_prompts(seen, self.prompts(batch))
+        return self.read(batch, seen, seen.every_B)
+
+    def read(self, batch: Batch, seen: Rollout, sequence_b: Tensor) -> list[Part]:
+        """What each teacher says of its own among the sequences sequence_b of the step, which it reads in `seen`."""
         kind, cfg, device = self.kind, self.kind.cfg, self.student.device
-        seen = batch
-        if not kind.reads_as_student:
-            seen = replace(batch, rollout=with_prompts(batch.rollout, self.prompts(batch)))
-        teacher_B = torch.tensor([kind.which(problem) for problem in batch.problems], device=device)
+        teacher_b = torch.tensor([kind.which(batch.problems[b]) for b in sequence_b.tolist()], device=device)
         self.crossing = Crossing.of(self, batch) if any(kind.bridges) else None
         is_student = self.student in kind.models
         parts, adapters_off = [], is_student and cfg.teacher == "self" and cfg.self_teacher == "initial"
         with lora_off(self.student) if adapters_off else nullcontext():
             for number, reader in enumerate(kind.readers):
-                sequence_b = (teacher_B == number).nonzero().squeeze(1)
-                if len(sequence_b) and kind.bridges[number]:
-                    parts.append(self.crossing.read(number, reader.model, sequence_b, seen.rollout))
-                elif len(sequence_b):
-                    parts.append(self.in_its_words(reader.read(seen, sequence_b)))
+                its_own_b = sequence_b[teacher_b == number]
+                if len(its_own_b) and kind.bridges[number]:
+                    parts.append(self.crossing.read(number, reader.model, its_own_b, seen))
+                elif len(its_own_b):
+                    parts.append(self.in_its_words(reader.read(replace(batch, rollout=seen), its_own_b)))
         if is_student and cfg.updates > 1:
             # the head is the student's own parameter: without a copy, the first update would change the teacher
             for part in parts:

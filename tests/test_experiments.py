@@ -180,3 +180,39 @@ def test_the_picture_puts_old_skill_to_the_right_and_new_up():
     assert len(dots) == 16 and {x for x, _ in dots} == {"500.0"}
     heights = sorted({float(y) for _, y in dots}, reverse=True)
     assert heights == pytest.approx([330 - 306 * 0.25 * i for i in range(4)], abs=0.06)
+
+
+def test_estimates_on_stale_text_have_the_gradients_that_are_said_of_them():
+    """Over every token that the writer b could have drawn, where the student p has moved on. Without its clip the
+    sampled loss has the gradient of KL(p||q) - KL(p||b): nothing in its credit holds the student back.
+    fails if: an estimate takes the wrong ratio, or credit with a gradient of its own."""
+    import torch
+    from losses import Rows
+    stale = importlib.import_module("stale")
+    rng = torch.Generator().manual_seed(0)
+    logits, teacher, writer = (torch.randn(6, 5, dtype=torch.float64, generator=rng) for _ in range(3))
+    logits.requires_grad_()
+    p, q, b = logits.log_softmax(-1), teacher.log_softmax(-1), writer.log_softmax(-1)
+
+    def kl(x, y):
+        return torch.autograd.grad((x.exp() * (x - y)).sum(), logits, retain_graph=True)[0]
+    expected = {stale.credit_anew: kl(p, q), stale.without_clip: kl(p, q) - kl(p, b), stale.sampled_forward: kl(q, p)}
+    for loss, wanted in expected.items():
+        found = 0.0
+        for a in range(5):
+            rows = Rows(p, torch.full((6,), a), q, b[:, a], q[:, a] - b[:, a])
+            found = found + torch.autograd.grad((b[:, a].exp() * loss(rows, None)).sum(), logits, retain_graph=True)[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_independent_halves_take_the_noise_out_of_a_cosine():
+    """The same direction twice as long, seen through noise in 4,000 dimensions. fails if: a half is squared, or a pair
+    of halves is left out."""
+    import torch
+    rng = torch.Generator().manual_seed(0)
+    true = torch.randn(4000, dtype=torch.float64, generator=rng)
+    fresh, stale = ([scale * true + 2 * torch.randn(4000, dtype=torch.float64, generator=rng) for _ in range(2)]
+                    for scale in (1, 2))
+    cosine, ratio = importlib.import_module("stale").compared(stale, fresh)
+    assert cosine == pytest.approx(1, abs=0.1) and ratio == pytest.approx(2, abs=0.2)
+    assert torch.cosine_similarity(stale[0], fresh[0], dim=0) < 0.5

@@ -13,7 +13,7 @@ from signal_lists import (ASKED, a_step, args_id, close, fails_without, keeps_dt
 from losses import ADVANTAGES, LossArgs
 
 
-NEWER = {"power", "vopd", "opsa", "sdpg"}      # extras/test_newer.py
+NEWER = {"power", "vopd", "opsa", "sdpg", "rlcsd"}      # extras/test_newer.py, extras/test_hints.py
 OF_THE_CORE = {name: rule for name, rule in ADVANTAGES.items() if name not in NEWER}
 
 

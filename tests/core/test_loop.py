@@ -97,7 +97,7 @@ def test_every_recipe_runs_and_leaves_what_it_promises(command, tmp_path, flags)
     assert (summary["teacher"] is None) == (flags.get("teacher") == "none")
     norms = [load_file(path / "model.safetensors")["model.norm.weight"]
              for path in (folder / "last", Path(first["config"]["student"]))]
-    assert flags["recipe"] in ("grpo", "sdpo", "rlsd", "sdpg") or not torch.equal(*norms)    # these need a right answer
+    assert flags["recipe"] in ("grpo", "sdpo", "rlsd", "sdpg", "rlcsd") or not torch.equal(*norms)    # these need a right answer
 
 
 @pytest.mark.parametrize("stop_ids,saved", [(None, END), ("2,5", [2, 5]), ("5", 5)])

@@ -14,6 +14,7 @@ RECIPE_NEEDS = {
     "sdpo": "teacher reward group", "sg": "teacher reward group reference", "exopd": "teacher reference",
     "rlsd": "teacher reward group", "xtok": "teacher", "lightning": "teacher",
     "iw": "teacher", "power": "teacher", "vopd": "kl teacher", "opsa": "", "sdpg": "teacher reward group", "veto": "teacher",
+    "rlcsd": "teacher reward group",
     "tropd": "teacher", "topd": "teacher"}
 
 
