@@ -27,6 +27,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
+PROGRAM = ROOT / "train.py"     # a script with losses of its own puts itself here, and takes the same command lines
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from support.checkpoint import recorded  # noqa: E402
@@ -106,7 +107,7 @@ def run(label: str, command: str, flags: str, seed: int, runs: Path) -> Path:
     folder = runs / f"{slug(label)}-{seed}"
     if finished(folder, arguments(command, flags, seed, folder)):
         return folder
-    line = [sys.executable, str(ROOT / "train.py"), *arguments(command, flags, seed, folder)]
+    line = [sys.executable, str(PROGRAM), *arguments(command, flags, seed, folder)]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{shlex.join(line)}\n{done.stderr[-2000:]}")
@@ -192,12 +193,14 @@ def table(header: list[str], rows: list[list[str]]) -> None:
     print(flush=True)
 
 
-def options(doc: str, name: str, seeds: int) -> argparse.Namespace:
-    """--seeds and --runs, for the scripts that take nothing else."""
+def options(doc: str, name: str, seeds: int, quick: str = "") -> argparse.Namespace:
+    """--seeds and --runs, for the scripts that take nothing else; and --quick where it is said what that means."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=seeds, choices=range(1, max(STUDENT_T) + 1), metavar="N",
                         help=f"runs per arm, for the intervals (default: {seeds})")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="where the runs are kept")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
     return parser.parse_args()
 
 
