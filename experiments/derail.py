@@ -1,7 +1,7 @@
 """FiRe-OPD's filter where it was meant to help: students that derail, teachers that have not read such texts.
 
     python experiments/derail.py                # about a quarter of an hour on two idle cores, beside the checkpoints
-    python experiments/derail.py --quick        # five arms of one pair, two seeds: a minute
+    python experiments/derail.py --quick        # five arms of one pair at one learning rate: two minutes
 
 Claim      Responses that the teacher finds unlikely are beyond its competence: what it says of them is worthless or
            wrong, so dropping them helps.
@@ -177,9 +177,9 @@ def print_arms(student: str, arms: dict[str, str], found: dict[str, list[Path]])
 
 
 def main() -> None:
-    args = options(__doc__, "derail", seeds=5, quick="five arms of one pair, two seeds, one learning rate")
+    args = options(__doc__, "derail", seeds=5, quick="five arms of one pair at one learning rate")
     compare.PROGRAM, runs = Path(__file__).resolve(), args.runs / ("quick" if args.quick else "")
-    seeds, students, rates = (2, ["derails20"], {}) if args.quick else (args.seeds, list(PAIRS), {})
+    seeds, students, rates = args.seeds, ["derails20"] if args.quick else list(PAIRS), {}
     made.made(students, list(range(seeds)))
     made.made(["clean"] if args.quick else ["clean", "damaged", "derails20"], [OTHER])
     if not args.quick:
