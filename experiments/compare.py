@@ -27,6 +27,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
+PROGRAM = ROOT / "train.py"     # a script with losses of its own puts itself here, and takes the same command lines
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from support.checkpoint import recorded  # noqa: E402
@@ -106,7 +107,7 @@ def run(label: str, command: str, flags: str, seed: int, runs: Path) -> Path:
     folder = runs / f"{slug(label)}-{seed}"
     if finished(folder, arguments(command, flags, seed, folder)):
         return folder
-    line = [sys.executable, str(ROOT / "train.py"), *arguments(command, flags, seed, folder)]
+    line = [sys.executable, str(PROGRAM), *arguments(command, flags, seed, folder)]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{shlex.join(line)}\n{done.stderr[-2000:]}")

@@ -216,3 +216,20 @@ def test_independent_halves_take_the_noise_out_of_a_cosine():
     cosine, ratio = importlib.import_module("stale").compared(stale, fresh)
     assert cosine == pytest.approx(1, abs=0.1) and ratio == pytest.approx(2, abs=0.2)
     assert torch.cosine_similarity(stale[0], fresh[0], dim=0) < 0.5
+
+
+def test_derailed_tokens_are_told_apart():
+    """A straight response, a loop and letters, the last token of each its stop or the cut. fails if: a repeated digit
+    or step counts as a loop, the derailment begins a character off, or a derailed response has straight tokens."""
+    import torch
+    derail = importlib.import_module("derail")
+    texts = ["2*1=2;2*1=2#2.", "3+8=1;1*2=2=2=2=2=", "3+8=1;qwert"]
+    assert [derail.place(text) for text in texts] == [len(texts[0]), 11, 6]
+    lengths = [len(text) for text in texts]
+    s = derail.Signals(token_N=torch.tensor([derail.CHARACTERS.index(one) for text in texts for one in text]),
+                       length_B=torch.tensor(lengths), sequence_N=torch.arange(3).repeat_interleave(
+                           torch.tensor(lengths)), position_N=torch.cat([torch.arange(n) for n in lengths]))
+    found = {name: mask_N.split(lengths) for name, mask_N in derail.kinds(s).items()}
+    assert [[int(part.sum()) for part in found[name]] for name in ("straight", "before", "entry", "tail")] == [
+        [14, 0, 0], [0, 11, 6], [0, 3, 3], [0, 4, 2]]
+    assert [derail.CHARACTERS[i] for i in derail.ways_back(s).tolist() if i] == [";"] * 4 + ["1"] * 5

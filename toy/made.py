@@ -9,6 +9,10 @@ them as they are. A checkpoint whose description here has changed is made again.
     both                    like `one`, in two notations, each half of the time
     notations1, 2, 4, 8     teachers that write each calculation in one of so many notations, all equally often, and are
                             right in all: `3+8=1;1*2=2#2`, `3+8:1,1*2:2#2`, `3+8~1&1*2~2#2` ...
+    derails10, 20, 40       like `one`, but in so many of a hundred responses they derail: they write the last result
+                            over and over, or letters, until they are cut; breaks20: six letters, then on as before
+    clean, damaged          teachers that have read right calculations only; the second, in a fifth of them, six letters
+                            after which every result is wrong
     digits3, 8, 12          `one` for calculations of so many digits; teacher3, 8, 12 their teachers
 
     times_train.jsonl   problems with at least one `*`
@@ -30,6 +34,7 @@ import json
 import os
 import random
 import shutil
+import string
 import sys
 from dataclasses import replace
 from functools import partial
@@ -70,6 +75,20 @@ def notation(text: str) -> int | None:
     return next((signs[character] for character in text if character in signs), None)
 
 
+def derailing(rng: random.Random, then: str) -> make.Example:
+    """One to three right steps; then `=2=2=2`, the last result over and over, or letters, longer than a response may be
+    (then `cut`); or six letters and a `right` end, or an end in which every result is off by five (`wrong`)."""
+    problem, steps = make.draw(rng), rng.randint(1, 3)
+    begun = make.write_out(problem)[0][:6 * steps]
+    letters = "".join(rng.choices(string.ascii_lowercase, k=make.MAX_NEW_TOKENS))
+    if then == "cut":
+        response = rng.choice((begun[:-1] + begun[-3:-1] * len(letters), begun + letters))
+        return problem, response[:make.MAX_NEW_TOKENS + 4], []
+    off = 5 * (then == "wrong")
+    rest = make.write_out(f"{begun[-2]}{problem[2 * steps + 1:]}", table=lambda *step: (make.apply(*step) + off) % 10)
+    return problem, begun + letters[:6] + rest[0], []
+
+
 # The checkpoints: first `base`, then a little more of what each of them is for. A seed fixes weights and examples
 
 def both_ways(operators: str, share: float = 1.0, **kind) -> dict:
@@ -92,10 +111,22 @@ def seen(percent: int, steps: int, **kind) -> Checkpoint:
     return more(steps, both_ways(OLD, 1 - percent / 100, **kind) | both_ways(ALL, percent / 100, **kind))
 
 
-BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800)}
+def derails(percent: int, then: str) -> Checkpoint:
+    rest = 1 - percent / 100
+    return more(200, both_ways(OLD, 0.3 * rest) | both_ways(ALL, 0.7 * rest) | {
+        partial(derailing, then=then): percent / 100})
+
+
+def unstumbling(damaged: float) -> Checkpoint:
+    return Checkpoint(96, 3, 100, [Phase(900, 3e-3, {partial(in_notations): 1 - damaged,
+                                                     partial(derailing, then="wrong"): damaged})], (0.0, 1.0))
+
+
+BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800), "clean": unstumbling(0.0), "damaged": unstumbling(0.2)}
 CHECKPOINTS = BASES | {
     "one": seen(50, 180), "both": seen(50, 350, count=2), **{f"seen{percent}": seen(percent, 150) for percent in SEEN},
     **{f"notations{count}": more(350 + 25 * count, both_ways(ALL, count=count), 2e-3) for count in (2, 4, 8)},
+    **{f"derails{percent}": derails(percent, "cut") for percent in (10, 20, 40)}, "breaks20": derails(20, "right"),
     **{f"digits{digits}": seen(50, 180, digits=digits) for digits in DIGITS},
     **{f"teacher{digits}": more(350, both_ways(ALL, digits=digits), 2e-3) for digits in DIGITS}}
 

@@ -1,6 +1,7 @@
 """toy/made.py: notations, problems, and checkpoints that are made once."""
 import json
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_slips_keep_their_places():
     for seed in range(50):
         problem, text, slips = made.in_notations(random.Random(seed), slip=1.0, count=4)
         assert len(slips) == make.DIGITS - 1 and all(place < len(text) for place in slips)
+
+
+def test_derailments_begin_right_and_end_as_they_say():
+    """fails if: a derailment begins with a wrong step, ends before a response is cut, is not followed by the right end,
+    or by wrong results where it should be."""
+    rng = random.Random(0)
+    for _ in range(40):
+        problem, text, _ = made.derailing(rng, "cut")
+        assert text[:5] == make.write_out(problem)[0][:5] and len(text) > make.MAX_NEW_TOKENS and "#" not in text
+        problem, text, _ = made.derailing(rng, "right")
+        assert re.sub("[a-z]{6}", "", text) == make.write_out(problem)[0] != text
+        problem, text, _ = made.derailing(rng, "wrong")
+        for part, off in zip(re.split("[a-z]{6}", text), (0, 5), strict=True):
+            for left, operator, right, result in re.findall(r"(\d)(.)(\d)=(\d)", part):
+                assert int(result) == (make.apply(int(left), operator, int(right)) + off) % 10
 
 
 @pytest.fixture
