@@ -15,9 +15,9 @@ Claim      1. A teacher's text teaches its notation together with its knowledge.
 Paper      None: the reasons that GKD (2306.13649), MiniLLM (2306.08543) and Thinking Machines give for being on-policy.
 Design     Models of toy/made.py, fresh ones for each seed. The teachers are right and write each calculation in one
            of N notations, all equally often. Steps of 32 responses to problems with a `*`, which the student knows
-           less well (new skill); calculations without one (old skill) are only tested. 3: 90
-           steps of 64, and a response is right if its whole calculation is. The learning rate of each arm is that of
-           3e-5, 1e-4 and 3e-4 with the best mean of both skills on the models of another seed (N = 8: those of 4).
+           less well (new skill); calculations without one (old skill) are only tested. 60 steps; 3: 90 steps of 64,
+           and a response is right if its whole calculation is. The learning rate of each arm is that of 3e-5, 1e-4
+           and 3e-4 with the best mean of both skills on the models of another seed (N = 8: those of 4).
 Measured   avg@4 at temperature 1 on 128 held-out problems of each kind; share of responses in the student's first
            notation.
 Against    1: at N = 4 imitation of the teacher's text as good as the student's own; both directions of the KL alike.
@@ -33,7 +33,8 @@ from compare import ROOT, TOY, columns, differences, percent, run_all, slug, tab
 
 sys.path[:0] = [str(TOY), str(ROOT / "docs")]
 from made import DIGITS, MADE, SEEN, data, made, notation, problems  # noqa: E402
-from make_picture import BLUE, COLOURS, GREY, ORANGE, drawing, line, text  # noqa: E402
+from make_picture import (BOTTOM, COLOURS, GREY, PANELS, TOP, curve, drawing, line, scale, shares,  # noqa: E402
+                          text)
 
 PILOT, RATES = 6, ("3e-5", "1e-4", "3e-4")
 OWN = "opd: own text, reverse KL"
@@ -93,7 +94,7 @@ def lessons(runs: Path) -> dict[str, Lesson]:
     hands = {count: at(f"N = {count}", HANDS) for count in (1, 2, 4, 8)}
     return {
         **{f"N = {count}": lesson("one", f"notations{count}", arms) for count, arms in hands.items()},
-        "N = 4, as many FLOPs": lesson("one", "notations4", {SFT: hands[4][SFT]}, steps=72),
+        "N = 4, as many FLOPs": lesson("one", "notations4", {SFT: hands[4][SFT]}, steps=75),
         "N = 4, four times as long": lesson("one", "notations4", {label: hands[4][label] for label in (OWN, SFT)},
                                             steps=240),
         "N = 4, larger steps": lesson("one", "notations4", RUINING),
@@ -136,20 +137,22 @@ def show(name: str, folders: dict[str, list[Path]]) -> dict[str, tuple[float, fl
     first = next(iter(folders))
     every = {"before": [measured(folder, 0) for folder in folders[first]]}
     every |= {label: [measured(folder) for folder in found] for label, found in folders.items()}
-    rows = []
+    header, rows, several = [name, "lr"], [], len(folders) > 1
+    for skill in ("new skill", "old skill"):
+        header += [skill, *["against the first"] * several]
     for label, values in every.items():
-        cells = [percent(column) for column in columns(values)]
-        for skill, (column, base) in enumerate(zip(columns(values)[:2], columns(every[first]))):
-            cells.insert(2 * skill + 1, "" if label == first else percent(differences(column, base), "+"))
-        rows.append([label, rate(folders[label][0]) if label in folders else "", *cells])
-    table([name, "lr", "new skill", "against the first", "old skill", "against the first", "in its first notation"],
-          rows)
+        cells = [label, rate(folders[label][0]) if label in folders else ""]
+        for column, base in zip(columns(values)[:2], columns(every[first])):
+            against = "" if label in ("before", first) else percent(differences(column, base), "+")
+            cells += [percent(column), *[against] * several]
+        rows.append([*cells, percent(columns(values)[2])])
+    table([*header, "in its first notation"], rows)
     return {label: tuple(sum(column) / len(column) for column in columns(values)[:2])
             for label, values in every.items()}
 
 
 def rate(folder: Path) -> str:
-    return f"{json.loads((folder / 'config.json').read_text())['lr']:g}"
+    return f"{json.loads((folder / 'config.json').read_text())['lr']:.0e}".replace("e-0", "e-")
 
 
 def rates(runs: Path) -> None:
@@ -166,36 +169,24 @@ def rates(runs: Path) -> None:
 
 
 def picture(points: dict[str, dict[str, tuple[float, float]]]) -> str:
-    """Old skill to the right, new skill up; one dot per arm and N, named by its N. points: N -> arm -> skills."""
-    left, right, top, bottom = 70, 500, 24, 330
-    colours = dict(zip(HANDS, (BLUE, COLOURS[3], COLOURS[2], ORANGE)))
-
-    def at(skills: tuple[float, float]) -> tuple[float, float]:
-        new, old = skills
-        return left + (right - left) * old, bottom - (bottom - top) * new
-    drawn = [text((left + right) / 2, bottom + 36, "old skill, never trained on"),
-             f'<text transform="translate({left - 44},{(top + bottom) / 2}) rotate(-90)" text-anchor="middle" '
-             f'font-size="12" fill="#24292f">new skill</text>']
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = at((share, share))
-        drawn += [line(left, y, right, y, f'stroke="{GREY}" stroke-opacity="0.2"'),
-                  line(x, top, x, bottom, f'stroke="{GREY}" stroke-opacity="0.2"'),
-                  text(left - 8, y + 4, f"{share:.0%}", "end"), text(x, bottom + 17, f"{share:.0%}")]
-    for label, colour in colours.items():
-        path = [at(found[label]) for found in points.values()]
-        drawn += [line(*start, *end, f'stroke="{colour}" stroke-opacity="0.5"') for start, end in zip(path, path[1:])]
-        for (x, y), count in zip(path, points):
-            drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill="{colour}"/>',
-                      text(x, y + 4, count, size=11, colour="#ffffff")]
-    x, y = at(next(iter(points.values()))["before"])
-    drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{GREY}" stroke-width="2"/>',
-              text(x - 10, y + 5, "start", "end", colour=GREY)]
-    for i, (label, colour) in enumerate(colours.items()):
-        drawn += [f'<circle cx="540" cy="{60 + 26 * i}" r="7" fill="{colour}"/>',
-                  text(556, 64 + 26 * i, label, "start")]
-    drawn.append(text(540, 64 + 26 * len(colours), "the number in a dot: notations of the teacher", "start",
-                      colour=GREY))
-    return drawing(drawn, 380)
+    """Both skills by the teacher's notations, a curve for each arm. points: N -> arm or `before` -> skills."""
+    drawn = []
+    for skill, ((left, right), title) in enumerate(zip(PANELS, ("new skill", "old skill, never trained on"))):
+        drawn += [f'<rect x="{left}" y="{TOP}" width="{right - left}" height="{BOTTOM - TOP}" fill="none" '
+                  f'stroke="{GREY}" stroke-opacity="0.5"/>', text((left + right) / 2, TOP - 14, title, size=13),
+                  text((left + right) / 2, BOTTOM + 36, "notations of the teacher"), *shares(left, right)]
+        at = [left + (right - left) * (place + 0.5) / len(points) for place in range(len(points))]
+        drawn += [text(x, BOTTOM + 17, count) for x, count in zip(at, points)]
+        start = scale([next(iter(points.values()))["before"][skill]], 0, 1)[0]
+        drawn.append(line(left, start, right, start, f'stroke="{GREY}" stroke-width="1.5" stroke-dasharray="6 4"'))
+        for label, colour in zip(HANDS, COLOURS):
+            heights = scale([found[label][skill] for found in points.values()], 0, 1)
+            drawn += [curve(zip(at, heights), colour)]
+            drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in zip(at, heights)]
+    names = [*zip(HANDS, COLOURS), ("before (dashed)", GREY)]
+    drawn += [text(PANELS[0][0] + 12, BOTTOM - 12 - 17 * (len(names) - 1 - place), label, "start", colour=colour)
+              for place, (label, colour) in enumerate(names)]
+    return drawing(drawn)
 
 
 def main() -> None:
@@ -204,8 +195,9 @@ def main() -> None:
                         help="fresh models and one run per arm for each (default: 5, sweeps 3)")
     parser.add_argument("--runs", type=Path, default=Path("runs/why"), help="where the runs are kept")
     parser.add_argument("--picture", type=Path, help="the file to draw the first lesson to (docs/why.svg)")
-    for name in ("quick", "sweeps", "rates"):
-        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="one seed, two arms of two lessons")
+    parser.add_argument("--sweeps", action="store_true", help="where each gap vanishes")
+    parser.add_argument("--rates", action="store_true", help="each arm at each learning rate, on the seed for that")
     args = parser.parse_args()
     problems()
     if args.rates:

@@ -170,16 +170,19 @@ def test_the_goal_counts_for_the_worst_kind_and_tokens_whoever_wrote_them(tmp_pa
     assert board.points(tmp_path / "a")[-1][1:] == ({"new": 1.0, "old": 1.0}, 30, 3.0)
 
 
-def test_the_picture_puts_old_skill_to_the_right_and_new_up():
-    """fails if: the axes are swapped, an arm or an N is left out, or all dots lie on one another."""
+def test_the_picture_has_a_point_for_each_arm_number_and_skill():
+    """fails if: the skills are swapped, an arm or an N is left out, or a share is drawn at the wrong height."""
     why = importlib.import_module("why")
-    points = {count: {"before": (0.5, 1.0), **{label: (0.25 * i, 1.0) for i, label in enumerate(why.HANDS)}}
-              for count in "1248"}
-    drawn = why.picture(points)
-    dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="9"', drawn)
-    assert len(dots) == 16 and {x for x, _ in dots} == {"500.0"}
-    heights = sorted({float(y) for _, y in dots}, reverse=True)
-    assert heights == pytest.approx([330 - 306 * 0.25 * i for i in range(4)], abs=0.06)
+    points = {count: {"before": (0.5, 1.0), **{label: (0.25 * i, 0.1 * int(count)) for i, label in
+                                               enumerate(why.HANDS)}} for count in "1248"}
+    dots = [tuple(map(float, dot)) for dot in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', why.picture(points))]
+    middle = (why.PANELS[0][1] + why.PANELS[1][0]) / 2
+
+    def heights(share):
+        return why.BOTTOM - (why.BOTTOM - why.TOP) * share
+    new, old = ([y for x, y in dots if (x > middle) == right] for right in (False, True))
+    assert new == pytest.approx([heights(0.25 * i) for i in range(4) for _ in range(4)], abs=0.06)
+    assert old == pytest.approx([heights(0.1 * count) for _ in range(4) for count in (1, 2, 4, 8)], abs=0.06)
 
 
 def test_estimates_on_stale_text_have_the_gradients_that_are_said_of_them():
