@@ -11,7 +11,7 @@ Design     Four tasks, 60 steps of 32 responses. `pair`: the default student and
            A recipe without --lr gets the better of 1e-4 and 3e-4 on each task, on seed 6; seeds 0 to 4 are the row.
 Measured   Accuracy after the last step (avg@2 at temperature 1), mean and 95 % t-interval over seeds. The cost of the
            goal, from evaluations every ten steps, interpolated: tokens that were learned from, whoever wrote them, and
-           seconds of steps on one thread. A row in which a seed does not get there has no cost.
+           seconds of steps on one thread. Where some seeds do not get there, it is the others' cost, with their number.
 Against    a row that is no better than `opd`.
 """
 import argparse
@@ -81,6 +81,15 @@ def costs(folder: Path, goal: float) -> tuple[float, float]:
                                 for step, right, tokens, seconds in found], goal) for what in (0, 1))
 
 
+def priced(spent: list[tuple[float, float]]) -> list[str]:
+    """Tokens and seconds, of the seeds that got there, with their number where it is not all."""
+    there = [pair for pair in spent if pair[0] < float("inf")]
+    if not there:
+        return ["-", "-"]
+    some = f" ({len(there)} of {len(spent)})" if len(there) < len(spent) else ""
+    return [number(list(column), form) + some for column, form in zip(zip(*there), (",.0f", ".1f"))]
+
+
 def with_rate(row: str, task: Task, runs: Path) -> str:
     """The row with the learning rate that was best for it, by the mean over kinds, on the seed for that."""
     if "--lr" in row:
@@ -121,9 +130,7 @@ def main() -> None:
             plain = plain or ends
             cells = [f"`{command}`", reached(folders), percent(differences(ends, plain), "+") if rows else ""]
             if TASKS[name].goal:
-                spent = [costs(folder, TASKS[name].goal) for folder in folders]
-                cells += [number(list(column), form) if max(column) < float("inf") else "-"
-                          for column, form in zip(zip(*spent), (",.0f", ".1f"))]
+                cells += priced([costs(folder, TASKS[name].goal) for folder in folders])
             rows.append(cells)
             print(f"{name}: {command} {cells[1]}", file=sys.stderr, flush=True)
         goal = [f"tokens to {TASKS[name].goal:.0%}", "seconds"] if TASKS[name].goal else []

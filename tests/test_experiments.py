@@ -168,6 +168,15 @@ def test_the_goal_counts_for_the_worst_kind_and_tokens_whoever_wrote_them(tmp_pa
     evaluated(tmp_path / "a", 2, [(True, ""), (True, ""), (True, "")])
     assert board.costs(tmp_path / "a", 0.9) == pytest.approx((24, 2.4))
     assert board.points(tmp_path / "a")[-1][1:] == ({"new": 1.0, "old": 1.0}, 30, 3.0)
+    assert board.costs(tmp_path / "a", 1.01) == (float("inf"),) * 2
+
+
+def test_a_price_is_of_the_seeds_that_got_there():
+    """fails if: a seed that never reached the goal makes the mean infinite, or is left out without a word."""
+    board, never = importlib.import_module("board"), (float("inf"), float("inf"))
+    assert board.priced([(1000, 2.0), (3000, 4.0)]) == ["2,000 ± 12,710", "3.0 ± 12.7"]
+    assert board.priced([(1000, 2.0), never]) == ["1,000 (1 of 2)", "2.0 (1 of 2)"]
+    assert board.priced([never, never]) == ["-", "-"]
 
 
 def test_the_picture_has_a_point_for_each_arm_number_and_skill():
