@@ -1,6 +1,6 @@
 """Board: what a recipe reaches on four tasks, and what it takes to get there.
 
-    python experiments/board.py "opd --lr 3e-4" iw          # a row each; about two minutes a row on two idle cores
+    python experiments/board.py "opd --lr 3e-4" iw          # a row each; about a minute a row and task on two cores
     python experiments/board.py "opd --divergence jsd" --tasks pair notations
 
 Claim      None of its own: one measuring stick for every recipe, yours too.
@@ -12,7 +12,7 @@ Design     Four tasks, 60 steps of 32 responses. `pair`: the default student and
 Measured   Accuracy after the last step (avg@2 at temperature 1), mean and 95 % t-interval over seeds. The cost of the
            goal, from evaluations every ten steps, interpolated: tokens that were learned from, whoever wrote them, and
            seconds of steps on one thread. Where some seeds do not get there, it is the others' cost, with their number.
-Against    a row that is no better than `opd`.
+Against    a row that is no better than the first, seed by seed.
 """
 import argparse
 import json

@@ -1,5 +1,5 @@
-"""Hints: the teacher reads each response after a right hint and after wrong ones, and where the readings part says which
-tokens have to do with being right (RLCSD, arXiv:2606.11709).
+"""Hints: the teacher reads each response after a right hint and after wrong ones, and where the readings part says
+which tokens have to do with being right (RLCSD, arXiv:2606.11709).
 
     wrong_hint_logp_N   signal      log q(a) after wrong hints, beside teacher_logp_N after the right one
     rlcsd               advantage   grpo, moved by the contrast of the two where it is clear
@@ -57,7 +57,8 @@ def wrong_siblings(batch: Batch, most: int, rng: np.random.Generator) -> list[li
 
 def wrong_hint_logp(run, batch: Batch, parts: list) -> Tensor:
     """(N,) log of the mean of q(a) over the wrong hints of a response, each read in a pass of its own; NaN where there
-    is no wrong hint or no right one. RLCSD's code: its own response is never a hint, and at most rlcsd_hints are."""
+    is no wrong hint or no right one. As in RLCSD's code a response is never its own hint, and at most rlcsd_hints hints
+    are read."""
     panel: Panel = run.teacher
     kind, rollout, crossing = panel.kind, batch.rollout, panel.crossing
     hints = wrong_siblings(batch, run.cfg.rlcsd_hints, random_of(run.cfg.seed, 5, batch.step))
@@ -99,8 +100,8 @@ def rlcsd(s: Signals, args) -> Tensor:
     """A + r, but never past 0, A from grpo and r from contrast: the verifier decides whether a response is made more
     likely, the contrast which of its tokens. RLCSD, arXiv:2606.11709, as in its code, whose size is a product of two
     factors and whose bound on r (2) is never reached at its own settings, which are the defaults here. With the weight
-    of the same name. The code's teacher is a copy of the student made every 10 steps; here an average stands for it
-    (--self_teacher ema, our reading), and a wrong response is shown if it ended, there if it has an answer."""
+    of the same name. Our reading: an average (--self_teacher ema) stands for the code's copy of the student, made every
+    10 steps; a wrong response may be a hint if it ended, in the code if an answer is read from it."""
     advantage_N = grpo(s, args)
     moved_N = advantage_N + contrast(s, args)
     return torch.where(advantage_N > 0, moved_N.clamp(min=0), torch.where(advantage_N < 0, moved_N.clamp(max=0), 0.0))

@@ -1,9 +1,11 @@
 """Made: toy checkpoints and problems that experiments need and the repository does not ship.
 
 They are made on first use, on all cores, and kept in runs/made/NAME-SEED: a later run, or another experiment, takes
-them as they are. A checkpoint whose description here has changed is made again.
+them as they are. A checkpoint whose settings here have changed is made again (not for other code); runs that used the
+old one are then to be deleted by hand.
 
-    never                   calculations without `*` (the old skill); has never seen one with it (the new skill)
+    never                   calculations without `*` (the old skill). It has met no problem with one (the new skill),
+                            only some 700 steps after a slip that wrote a `*` in place of another operator
     one                     the same, after some with `*`, which it knows less well
     seen2, 5, 10, 20        the same, of which so many in a hundred might have had a `*`
     both                    like `one`, in two notations, each half of the time
@@ -21,11 +23,10 @@ them as they are. A checkpoint whose description here has changed is made again.
     times_test.jsonl    held-out problems of two kinds, `new` (of the same sort) and `old` (without a `*`)
     times3_train.jsonl and so on    of so many digits
 
-    python toy/made.py one notations4 --seeds 3     # to have a look at some; under a minute for each of them
+    python toy/made.py one notations4 --seeds 3     # makes these only; under a minute each
 
-Here there is a fourth operator, `^`, the larger of two digits: with two operators alone a decoder of this size is long
-in finding out that a step needs only what stands before it. A lone `#` in other notations than the first is prose to
-the verifier, so these runs take --verifier number.
+Here there is a fourth operator, `^`, the larger of two digits, which makes the old skill quicker to learn. A lone `#`
+in other notations than the first is prose to the verifier, so these runs take --verifier number.
 
 Not here: the world itself and the checkpoints that are shipped (make.py), what is done with them (experiments/).
 """
@@ -98,8 +99,8 @@ def both_ways(operators: str, share: float = 1.0, **kind) -> dict:
             partial(in_notations, operators=operators, slip=0.3, **kind): 0.4 * share}
 
 
-def base(operators: str, steps: int, width: int = 96, **kind) -> Checkpoint:
-    return Checkpoint(width, 3, 100, [Phase(steps, 3e-3, both_ways(operators, **kind))], (0.0, 1.0), batch=32)
+def base(operators: str, steps: int) -> Checkpoint:
+    return Checkpoint(96, 3, 100, [Phase(steps, 3e-3, both_ways(operators))], (0.0, 1.0), batch=32)
 
 
 def more(steps: int, mixture: dict, lr: float = 1e-3) -> Checkpoint:
@@ -137,7 +138,7 @@ def parent(name: str) -> str | None:
 
 
 def description(name: str) -> str:
-    """All that its weights follow from, but for the seed."""
+    """Its settings and those of the one it goes on from; not the code, nor the seed."""
     c, start = CHECKPOINTS[name], parent(name)
     kinds = [{str(kind.keywords): share for kind, share in phase.mixture.items()} for phase in c.phases]
     return repr((c.width, c.layers, c.seed, c.batch, [(phase.steps, phase.lr) for phase in c.phases], kinds,
