@@ -6,8 +6,8 @@ Claim      Each recipe (python train.py --help) improves its own toy student wit
            minutes.
 Paper      Those beside each row; this says nothing about which is best (compare.py does, over seeds).
 Design     `python train.py --recipe NAME --no-eval_teacher` for every NAME, seed 0.
-Against    `after` not above the 95 % interval of `before` over problems; more than 120 seconds. The exit
-           status is then 1.
+Against    `after` not above the 95 % interval of `before` over problems (opsa aside, a control without a
+           teacher); more than 120 seconds. The exit status is then 1.
 """
 import sys
 
@@ -15,6 +15,7 @@ from compare import accuracy_key, options, run_all, summary, table
 import train
 
 ARMS = {name: name for name in train.SETTINGS.recipes}
+CONTROL = "opsa"                # has no teacher and no reward, and need not gain
 FLAGS = "--no-eval_teacher"
 
 
@@ -32,7 +33,7 @@ def main() -> int:
             learns, quick = after[key] > before[f"{key}_ci"][1], seconds < 120
             rows.append([f"`{name}`", f"{before[key]:.1%}", f"{after[key]:.1%}", f"{seconds:.0f}",
                          "yes" if learns and quick else "no gain" if quick else "slow"])
-            failed += [name] * (not (learns and quick))
+            failed += [name] * (not (learns and quick) and name != CONTROL)
     table(["recipe", "before", "after", "seconds", "learns in time"], rows)
     return 1 if failed else 0
 
