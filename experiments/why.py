@@ -107,7 +107,8 @@ def lessons(runs: Path) -> dict[str, Lesson]:
 
 
 def sweeps() -> dict[str, Lesson]:
-    rare, two = at("rare", RARE), {label: at("N = 1", HANDS)[label] for label in (OWN, SFT)}
+    rare = {label: f"{command} --lr 3e-4" for label, command in RARE.items()}
+    two = {label: at("N = 1", HANDS)[label] for label in (OWN, SFT)}
     return {
         **{f"seen{percent}": lesson(f"seen{percent}", "notations1", rare, steps=90, kind="only",
                                    more="--verifier exact") for percent in SEEN[1:]},
