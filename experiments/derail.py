@@ -57,6 +57,7 @@ FLAGS = "--steps 30 --problems 48 --eval_every 0 --eval_k 4 --no-eval_teacher --
 
 def stages(runs: Path, rates: dict[str, float] | None = None) -> dict[str, tuple[dict[str, str], str]]:
     """name -> (arms, flags of all its arms). rates: arm -> learning rate."""
+    WEIGHTS.update(OWN_WEIGHTS)
     plan = {student: ({label: f"{ARMS[label]} --lr {(rates or {}).get(label, 3e-4)}" for label in labels},
                       f"{FLAGS} --teacher {made.MADE / teacher}-{OTHER} --student {made.MADE / student}-{{seed}}")
             for student, (teacher, labels) in PAIRS.items()}
@@ -88,7 +89,7 @@ def kinds(s: Signals) -> dict[str, Tensor]:
             "tail": after_N >= ENTRY}
 
 
-WEIGHTS |= {
+OWN_WEIGHTS = {
     "fewer": asks()(lambda s, args: (permutation(len(s.length_B), s) >= 0.2 * len(s.length_B))[s.sequence_N].float()),
     "not_derailed": asks()(lambda s, args: kinds(s)["straight"].float()),
     "without_tails": asks()(lambda s, args: (~kinds(s)["tail"]).float())}
@@ -196,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    WEIGHTS.update(OWN_WEIGHTS)
     sys.exit(start(sys.argv[1:], train.SETTINGS, defaults, train.train) if "--recipe" in sys.argv else main())
