@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from compare import TOY, cost_to_reach, differences, mean_by, number, percent, records, run_all, table
+from compare import TOY, cost_to_reach, differences, known, mean_by, percent, records, run_all, table
 
 sys.path.insert(0, str(TOY))
 from made import MADE, data, made, problems  # noqa: E402
@@ -83,11 +83,7 @@ def costs(folder: Path, goal: float) -> tuple[float, float]:
 
 def priced(spent: list[tuple[float, float]]) -> list[str]:
     """Tokens and seconds, of the seeds that got there, with their number where it is not all."""
-    there = [pair for pair in spent if pair[0] < float("inf")]
-    if not there:
-        return ["-", "-"]
-    some = f" ({len(there)} of {len(spent)})" if len(there) < len(spent) else ""
-    return [number(list(column), form) + some for column, form in zip(zip(*there), (",.0f", ".1f"))]
+    return [known(list(column), form) for column, form in zip(zip(*spent), (",.0f", ".1f"))]
 
 
 def with_rate(row: str, task: Task, runs: Path) -> str:
@@ -102,7 +98,6 @@ def with_rate(row: str, task: Task, runs: Path) -> str:
 def row_on(row: str, name: str, seeds: int, runs: Path) -> tuple[str, list[Path]]:
     """(command, its finished runs)."""
     task = TASKS[name]
-    made(task.models, [*range(seeds), PILOT])
     command = with_rate(row, task, runs / name)
     return command, run_all({command: command}, f"{task.flags} {COMMON}", seeds, runs / name)[command]
 
@@ -121,8 +116,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6), metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs/board"), help="where the runs are kept")
     args = parser.parse_args()
-    problems()
     for name in args.tasks:
+        made(TASKS[name].models, [*range(args.seeds), PILOT])
         rows, plain = [], None
         for row in args.rows:
             command, folders = row_on(row, name, args.seeds, args.runs)

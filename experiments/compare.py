@@ -60,6 +60,14 @@ def number(values: list[float], form: str = ".2f") -> str:
     return f"{mean:{form}} ± {half:{form}}" if half == half else f"{mean:{form}}"
 
 
+def known(values: list[float], form: str = ".2f") -> str:
+    """`number` of the seeds that have a finite one, and how many they are where some have none; `-` where all do."""
+    there = [value for value in values if np.isfinite(value)]
+    if not there:
+        return "-"
+    return number(there, form) + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
+
+
 def columns(rows: Iterable) -> list[list]:
     """[(a, b), (c, d), ...] -> [[a, c, ...], [b, d, ...]]: one list per measure instead of one per seed."""
     return [list(column) for column in zip(*rows)]

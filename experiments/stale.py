@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compare import (accuracy_key, arguments, differences, number, options, percent, ready, records, run_all, summary,
-                     table)
+from compare import (accuracy_key, arguments, differences, known, number, options, percent, ready, records, run_all,
+                     summary, table)
 import losses
 import train
 from losses import Rows, forward_kl, reverse_kl
@@ -247,15 +247,6 @@ def log_ratio_now(run, text: tuple) -> Tensor:
     batch, _, fields_N = text
     part = Teacher(run.student, run.cfg).read(batch, batch.rollout.every_B)
     return told("teacher_logp_N")(run, batch, [part]) - fields_N["behavior_logp_N"]
-
-
-def known(values: list[float]) -> str:
-    """The mean over the seeds that have a number, and how many they are where some have none: noise may turn the
-    product of two halves negative."""
-    there = [value for value in values if value == value]
-    if not there:
-        return "-"
-    return number(there) + (f" ({len(there)} of {len(values)})" if len(there) < len(values) else "")
 
 
 def print_bias(seeds: int, plan: dict, runs: Path) -> None:

@@ -131,7 +131,6 @@ def measured(folder: Path, step: int | None = None) -> tuple[float, float, float
 
 
 def run_lesson(name: str, found: Lesson, seeds: int, runs: Path, first: int = 0) -> dict[str, list[Path]]:
-    made(found.models, list(range(first, first + seeds)))
     return run_all(found.arms, found.flags, seeds, runs / slug(name), first)
 
 
@@ -163,6 +162,7 @@ def rate(folder: Path) -> str:
 def rates(runs: Path) -> None:
     """The mean of both skills of each arm at each rate, on the models of the pilot's seed."""
     here = lessons(runs)
+    made(sorted({model for found in here.values() for model in found.models}), [PILOT])
     run_lesson("N = 4, larger steps", here["N = 4, larger steps"], 1, runs, PILOT)      # `ruined` goes on from it
     for name in (name for name in CHOSEN if name != "N = 8"):
         arms = {f"{label} {lr}": f"{command.rpartition(' --lr ')[0]} --lr {lr}"
@@ -204,7 +204,6 @@ def main() -> None:
     parser.add_argument("--sweeps", action="store_true", help="where each gap vanishes")
     parser.add_argument("--rates", action="store_true", help="each arm at each learning rate, on the seed for that")
     args = parser.parse_args()
-    problems()
     if args.rates:
         return rates(args.runs)
     chosen = sweeps() if args.sweeps else lessons(args.runs)

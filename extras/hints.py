@@ -63,11 +63,12 @@ def wrong_hint_logp(run, batch: Batch, parts: list) -> Tensor:
     kind, rollout, crossing = panel.kind, batch.rollout, panel.crossing
     hints = wrong_siblings(batch, run.cfg.rlcsd_hints, random_of(run.cfg.seed, 5, batch.step))
     has_right, readings = panel.usable_B.tolist(), []
+    without_hint = [kind.prompt(problem) for problem in batch.problems]
     for number in range(run.cfg.rlcsd_hints):
         shown = [b for b, wrong in enumerate(hints) if has_right[b] and len(wrong) > number]
         if not shown:
             break
-        prompts = [kind.prompt(problem) for problem in batch.problems]
+        prompts = list(without_hint)
         for b in shown:
             asked, text = batch.problems[b], batch.texts[hints[b][number]]
             prompts[b] = kind.ids(asked, privileged_prompt(asked.prompt, text, kind.template))
