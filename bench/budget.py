@@ -2,7 +2,7 @@
 
     python bench/budget.py                              # Qwen3 shapes on four GPUs, goals, kernels per layer
     python bench/budget.py --models qwen3-0.6b --operators      # and operator by operator: what to fuse
-    python bench/budget.py --compiled                   # and kernels per layer after torch.compile
+    python bench/budget.py --compiled                   # and what --compile would change of the first model's (minutes)
     python bench/budget.py --measure                    # on a GPU: measured beside predicted
 
 This project's own code runs on tensors without memory (ledger.py), and every kernel is noted with its bytes and FLOPs.
@@ -19,19 +19,18 @@ update. Whether a model fits a card is not asked here (train.py --plan). Ends wi
 """
 import argparse
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from unittest import mock
 
-from common import QWEN3, Transformer, compile_extra, qwen3, random_model, shape  # isort: skip
+from common import QWEN3, Transformer, shape, with_layers  # isort: skip
 
 import torch
 
+import fused
 import losses
 import roofline
-from extras.fast import flash as flash_file
-from ledger import FLASH_DECODE, GPU, Kernel, paper_gpu, paper_model
+from ledger import GPU, Kernel, paper_gpu, paper_model
 from phases import Phases
 from rollout import Request, Slots, assemble
 from support.model_config import ModelConfig
@@ -78,10 +77,6 @@ def all_rows(args) -> list[int]:
     return list(dict.fromkeys((*BATCHES, args.batch)))
 
 
-def with_layers(raw: dict, layers: int) -> dict:
-    return {**raw, "num_hidden_layers": layers}
-
-
 def slots(actor: Transformer, rows: int, args) -> Slots:
     return Slots(actor, [Request([0] * args.prompt, args.new, n) for n in range(rows)], rows, (0,), 1.0, 0)
 
@@ -104,10 +99,11 @@ def responses(args) -> Batch:
     return Batch(written, list(range(args.batch)), [None] * args.batch, True, 0)
 
 
-def phases_of(student: dict, teacher: dict, args) -> dict[str, Counter]:
+def phases_of(student: dict, teacher: dict, args, fused_loss: bool = False) -> dict[str, Counter]:
     """The kernels of every phase of a step."""
     found = {}
-    with paper_gpu() as ledger:
+    with paper_gpu() as ledger, mock.patch.object(losses, "few_rows", fused.paper_rows(ledger) if fused_loss else
+                                                  losses.few_rows):
         one = Phases(paper_model(student, torch.float32, torch.bfloat16, trained=True),
                      paper_model(teacher, torch.bfloat16, torch.bfloat16),
                      Config(micro_batch_tokens=args.micro_batch_tokens), student["vocab_size"])
@@ -140,13 +136,49 @@ def grown(one: Counter, two: Counter, layers: int) -> Counter:
     return Counter({kernel: one[kernel] + (layers - 1) * (two[kernel] - one[kernel]) for kernel in one | two})
 
 
-def count(student: dict, teacher: dict, args) -> dict[str, Counter]:
-    """The kernels of every phase, and of one layer of a decode step (`layer`)."""
-    one, two = (phases_of(with_layers(student, n), with_layers(teacher, n), args) for n in (1, 2))
-    found = {phase: grown(one[phase], two[phase], (teacher if phase == "scoring" else student)["num_hidden_layers"])
+def count(student: dict, teacher: dict, args, fused_loss: bool = False) -> tuple[dict[str, Counter], dict[str, Counter]]:
+    """The kernels of every phase, and those of one of its layers: the student's, in scoring the teacher's."""
+    one, two = (phases_of(with_layers(student, n), with_layers(teacher, n), args, fused_loss) for n in (1, 2))
+    layer = {phase: Counter({kernel: two[phase][kernel] - one[phase][kernel] for kernel in one[phase] | two[phase]})
              for phase in one}
-    rows = f"decode {BATCHES[0]}"
-    return found | {"layer": Counter({kernel: two[rows][kernel] - one[rows][kernel] for kernel in two[rows]})}
+    return {phase: grown(one[phase], two[phase], layers(phase, student, teacher)) for phase in one}, layer
+
+
+def layers(phase: str, student: dict, teacher: dict) -> int:
+    return (teacher if phase == "scoring" else student)["num_hidden_layers"]
+
+
+def compiled(student: dict, teacher: dict, args) -> tuple[dict[str, Counter], dict[str, Counter]]:
+    """`count` with --compile. In a layer the products and the attention stay, and what adds up gradients over the
+    micro-batches; what is between them is what inductor makes of it."""
+    found, layer = count(student, teacher, args, fused_loss=True)
+    with torch.device("cpu"):
+        rows = all_rows(args)
+        between = dict(zip([f"decode {n}" for n in rows], fused.decode_kernels(student, rows)))
+        for phase, raw in (("scoring", teacher), ("backward", student)):
+            between[phase] = together(*fused.layer_kernels(raw, micro_batches(args), trained=phase == "backward"))
+    for phase, kernels in between.items():
+        stay = Counter({kernel: n for kernel, n in layer[phase].items()
+                        if kernel.kind != "other" or (kernel.operator, kernel.bytes) in gathering(student)})
+        change = Counter(kernels)
+        change.subtract(layer[phase] - stay)
+        found[phase].update({kernel: layers(phase, student, teacher) * n for kernel, n in change.items()})
+        layer[phase] = together(stay, kernels)
+    return found, layer
+
+
+def micro_batches(args) -> list[int]:
+    """Tokens of each."""
+    length, rows = args.prompt + args.new, max(1, args.micro_batch_tokens // (args.prompt + args.new))
+    return [length * min(rows, args.batch - start) for start in range(0, args.batch, rows)]
+
+
+def gathering(raw: dict) -> set[tuple[str, int]]:
+    """(operator, bytes) of what zeroes and adds up the float32 gradient of each parameter of a layer."""
+    with torch.device("meta"):
+        layer = Transformer(ModelConfig.from_dict(with_layers(raw, 1))).model.layers[0]
+    sizes = {4 * parameter.numel() for parameter in layer.parameters()}
+    return {("zero", size) for size in sizes} | {("add", 3 * size) for size in sizes}
 
 
 def total(kernels: Counter, what: str) -> int:
@@ -208,41 +240,6 @@ def predicted(found: dict[str, Counter], student: dict, teacher: dict, args, car
     return out
 
 
-# After torch.compile
-
-def compiled_kernels(layers: int) -> int:
-    """Kernels of a compiled decode step of this many layers, counted in the code that inductor writes for a CPU:
-    generated loops, products and other operators. Flash attention is one operator there, FLASH_DECODE on a GPU."""
-    from torch._inductor.utils import run_and_get_code      # slow to import
-    with torch.device("cpu"), mock.patch.multiple(flash_file, flash_ready=lambda *_: True, flash=opaque_flash):
-        small = random_model(qwen3(256, layers=layers), torch.bfloat16, torch.bfloat16, torch.device("cpu"))
-        small.requires_grad_(False)
-        torch._dynamo.reset()
-        compile_extra.compile_model(small)
-        pool = slots(small, 8, argparse.Namespace(prompt=8, new=8))
-        pool.cache.longest = 4
-        with torch.no_grad():
-            _, codes = run_and_get_code(small, pool.last_S[:, None], pool.cache)
-    body = codes[-1].split("def call(")[1]
-    calls = re.findall(r"^\s+(?:\w+ = )?(cpp_\w+|extern_kernels\.\w+|torch\.ops\.[\w.]+|aten\.[\w.]+)\(", body, re.M)
-    return sum(FLASH_DECODE if call.startswith("torch.ops.budget.flash") else 1 for call in calls)
-
-
-@torch.library.custom_op("budget::flash", mutates_args=())
-def flash_operator(q_NQH: torch.Tensor, k_MRH: torch.Tensor, v_MRH: torch.Tensor, used_k: torch.Tensor) -> torch.Tensor:
-    """Stands where flash attention stands; the answer is of no account."""
-    return q_NQH.clone()
-
-
-@flash_operator.register_fake
-def _(q_NQH, k_MRH, v_MRH, used_k):
-    return torch.empty_like(q_NQH)
-
-
-def opaque_flash(q_NQH, k_MRH, v_MRH, at):
-    return flash_operator(q_NQH, k_MRH, v_MRH, at.used_k)
-
-
 # Measuring
 
 def measured(name: str, teacher: str, args) -> dict[str, float]:
@@ -294,23 +291,27 @@ def by_operator(kernels: Counter, card: Card, launched: bool) -> list[list[str]]
     return rows
 
 
-def print_operators(name: str, found: dict[str, Counter], card: str) -> None:
-    for phase in (f"decode {BATCHES[0]}", "layer", "scoring", "backward", "optimizer"):
-        graph = phase.startswith("decode") or phase == "layer"
+def print_operators(name: str, found: dict[str, Counter], layer: dict[str, Counter], card: str) -> None:
+    decode = f"decode {BATCHES[0]}"
+    shown = {decode: found[decode], f"a layer of {decode}": layer[decode],
+             **{phase: found[phase] for phase in ("scoring", "backward", "optimizer")}}
+    for phase, kernels in shown.items():
+        graph = decode in phase
         print(f"{name}, {phase}, operator by operator on {card}{' in a CUDA graph' if graph else ''}:\n")
         print(table(["operator", "kernels", "GB", "TFLOP", "ms", "of the phase"],
-                    by_operator(found[phase], CARDS[card], not graph)))
+                    by_operator(kernels, CARDS[card], not graph)))
 
 
-def goals(found: dict[str, Counter], times: dict[str, tuple], compiled: int | None) -> list[list[str]]:
-    share = {phase: floor / taken for phase, (taken, floor) in times.items()}
-    rows = [[f"decode step of {n} rows, share of its floor", f"{share[f'decode {n}']:.2f}", ">= 0.60"] for n in BATCHES]
-    rows.append(["kernels per layer of a decode step", f"{total(found['layer'], 'launches')}", "<= 16"])
-    if compiled is not None:
-        rows.append(["the same compiled (as inductor's code for a CPU has it)", f"{compiled}", "<= 12"])
-    return rows + [["scoring, share of the matrix rate", f"{share['scoring']:.2f}", ">= 0.60"],
-                   ["update, share of the matrix rate", f"{share['update']:.2f}", ">= 0.45"],
-                   ["a step over the sum of its floors", f"{1 / share['step']:.2f}", "<= 1.50"]]
+def goals(sides: list[tuple[dict[str, tuple], dict[str, Counter]]]) -> list[list[str]]:
+    """sides: (what is predicted, the kernels of a layer), as it is and, where that was counted, compiled."""
+    share = [{phase: floor / taken for phase, (taken, floor) in times.items()} for times, _ in sides]
+    a_layer = [total(layer[f"decode {BATCHES[0]}"], "launches") for _, layer in sides]
+    return [*([f"decode step of {n} rows, share of its floor", *(f"{one[f'decode {n}']:.2f}" for one in share), ">= 0.60"]
+              for n in BATCHES),
+            ["kernels per layer of a decode step", *map(str, a_layer), "<= 16, compiled <= 12"],
+            ["scoring, share of the matrix rate", *(f"{one['scoring']:.2f}" for one in share), ">= 0.60"],
+            ["update, share of the matrix rate", *(f"{one['update']:.2f}" for one in share), ">= 0.45"],
+            ["a step over the sum of its floors", *(f"{1 / one['step']:.2f}" for one in share), "<= 1.50"]]
 
 
 def arguments() -> argparse.Namespace:
@@ -322,7 +323,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=1024)
     parser.add_argument("--micro_batch_tokens", type=int, default=16_384)
     parser.add_argument("--operators", action="store_true", help="operator by operator, of the first model")
-    parser.add_argument("--compiled", action="store_true", help="also kernels per layer after torch.compile (minutes)")
+    parser.add_argument("--compiled", action="store_true", help="also what --compile makes of the first model (minutes)")
     parser.add_argument("--measure", action="store_true", help="measured beside predicted, of the first model")
     return parser.parse_args()
 
@@ -331,27 +332,33 @@ def main() -> None:
     args = arguments()
     if args.measure and not torch.cuda.is_available():
         raise SystemExit("--measure needs a CUDA GPU, and there is none; without it the budget is predicted alone")
-    rows, counted, first = [], {}, args.models[0]
+    rows, first = [], args.models[0]
     for name in args.models:
         student, teacher = shape(name, None), shape(PAIRS[name], None)
-        found = counted[name] = count(student, teacher, args)
+        found, layer = count(student, teacher, args)
         times = {card: predicted(found, student, teacher, args, CARDS[card]) for card in CARDS}
-        if name == first:
-            first_times = times
         rows += lines(name, phases(found, args), times)
+        if name == first:
+            found_first, layer_first, times_first, pair = found, layer, times, (student, teacher)
+    sides = [(times_first["H200"], layer_first)]
+    if args.compiled:
+        found, layer = compiled(*pair, args)
+        times = {card: predicted(found, *pair, args, CARDS[card]) for card in CARDS}
+        sides.append((times["H200"], layer))
+        rows += lines(f"{first}, compiled", phases(found, args), times)
     print(f"Estimated, {args.batch} responses of {args.prompt} + {args.new} tokens: milliseconds / floor (share)\n")
     print(table(["model", "phase", "kernels", "GB", "TFLOP", *CARDS], rows))
-    compiled = compiled_kernels(2) - compiled_kernels(1) if args.compiled else None
     print(f"Goals on an H200, {first} under {PAIRS[first]}, estimated\n")
-    print(table(["what", "found", "goal"], goals(counted[first], first_times["H200"], compiled)))
+    print(table(["what", "found", *["compiled"] * args.compiled, "goal"], goals(sides)))
     if args.operators:
-        print_operators(first, counted[first], "H200")
+        print_operators(first, found_first, layer_first, "H200")
+    decode = f"decode {BATCHES[0]}"
     result = {"name": f"budget_{first}", "ratio": None,
               "predicted": {card: {phase: round(taken, 6) for phase, (taken, _) in times.items()}
-                            for card, times in first_times.items()},
-              "kernels_per_layer": total(counted[first]["layer"], "launches"), "compiled_per_layer": compiled}
+                            for card, times in times_first.items()},
+              "kernels_per_layer": [total(layer[decode], "launches") for _, layer in sides]}
     if args.measure:
-        compare(first, counted[first], first_times, args, result)
+        compare(first, found_first, times_first, args, result)
     print(json.dumps(result))
 
 

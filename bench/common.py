@@ -41,6 +41,10 @@ def shape(name: str | None, vocab: int | None, **default) -> dict:
     return qwen3(vocab or 151_936, *QWEN3[name]) if name else qwen3(vocab or 4096, **default)
 
 
+def with_layers(raw: dict, layers: int) -> dict:
+    return {**raw, "num_hidden_layers": layers}
+
+
 def ragged_lengths(rng: np.random.Generator, size, most: int) -> np.ndarray:
     """Lognormal, of mean exp(mu + sigma^2 / 2): 94 at most = 256 once the tail is cut."""
     return rng.lognormal(np.log(most / 2.35) - 0.32, 0.8, size).clip(4, most).astype(int)

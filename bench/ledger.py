@@ -305,6 +305,22 @@ class FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight), None
 
 
+class FusedSilu(torch.autograd.Function):
+    """One kernel each way. On paper its gradient would fall apart into seven."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ledger: Ledger) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.ledger = ledger
+        ledger.note("silu", 2 * size(x))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.ledger.note("silu_backward", 2 * size(*ctx.saved_tensors) + size(grad))
+        return torch.empty_like(grad), None
+
+
 def fused_attention(q_BQTH: Tensor, k_BRTH: Tensor, v_BRTH: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor:
     """What torch's scaled_dot_product_attention picks on a GPU for whole sequences in half precision."""
     return aten._scaled_dot_product_flash_attention(q_BQTH, k_BRTH, v_BRTH, 0.0, is_causal)[0]
@@ -338,7 +354,7 @@ def paper_gpu():
     replaced = [(flash_file, "flash_ready"), (flash_file, "available"), (rollout.Slots, "decode"),
                 (rollout, "head_product"), (losses, "gradient_in_place"), (losses, "chunked_backward"),
                 (_foreach_utils, "_get_foreach_kernels_supported_devices"),
-                (_foreach_utils, "_foreach_supported_types"), (F, "rms_norm"), (F, "scaled_dot_product_attention")]
+                (_foreach_utils, "_foreach_supported_types"), (F, "rms_norm"), (F, "silu"), (F, "scaled_dot_product_attention")]
     plain = [(place, name, getattr(place, name)) for place, name in replaced]
     flash_file.flash_ready = lambda device, dtype, head_dim: dtype == torch.bfloat16
     flash_file.available = lambda path: path == flash_file.KERNELS[1]
@@ -349,6 +365,7 @@ def paper_gpu():
     losses.chunked_backward = ledger.alike(losses.chunked_backward)         # and micro-batch of a step
     F.rms_norm = lambda x, shape, weight, eps: FusedNorm.apply(
         x, x.new_empty(0) if weight is None else weight, ledger)
+    F.silu = lambda x: FusedSilu.apply(x, ledger)
     F.scaled_dot_product_attention = fused_attention
     FakeTensor.tolist = lambda x: ledger.answer(x)
     try:

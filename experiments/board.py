@@ -11,7 +11,8 @@ Design     Four tasks, 60 steps of 32 responses. `pair`: the default student and
            A recipe without --lr gets the better of 1e-4 and 3e-4 on each task, on seed 6; seeds 0 to 4 are the row.
 Measured   Accuracy after the last step (avg@2 at temperature 1), mean and 95 % t-interval over seeds. The cost of the
            goal, from evaluations every ten steps, interpolated: tokens that were learned from, whoever wrote them, and
-           seconds of steps on one thread. Where some seeds do not get there, it is the others' cost, with their number.
+           seconds of steps on one thread. Where some seeds do not get there, or begin there, it is the others' cost,
+           with their number.
 Against    a row that is no better than the first, seed by seed.
 """
 import argparse
@@ -45,9 +46,11 @@ TASKS = {
     "unreliable": Task(f"--teacher {TOY / 'teacher_unreliable'}", None)}
 COMMON = (f"--problems 32 --steps {STEPS} --eval_every 10 --eval_k 2 --verifier number --no-eval_teacher "
           f"--no-token_view --quiet")
+GROUPS = "--problems 4 --samples 8"
 ROWS = ("opd", "opd --divergence policy_gradient --advantage opd", "minillm", "sft --responses teacher",
-        "grpo --teacher none --problems 4 --samples 8", "iw", "power", "vopd", "tropd", "veto", "topd", "lightning",
-        "opsa --teacher none")
+        f"grpo --teacher none {GROUPS}", "topk", "lsm", "eopd", "fire", "tip", "reopold", "exopd", "gkd", "sg",
+        *(f"{recipe} {GROUPS}" for recipe in ("opdvr", "kdrl", "uni", "scope")),
+        "iw", "power", "vopd", "tropd", "veto", "topd", "lightning", "opsa --teacher none")
 
 
 def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:
@@ -75,8 +78,11 @@ def mean(right: dict[str, float]) -> float:
 
 
 def costs(folder: Path, goal: float) -> tuple[float, float]:
-    """(tokens, seconds) until the worst kind of problems reaches the goal; infinite if it does not."""
+    """(tokens, seconds) until the worst kind of problems reaches the goal; infinite if it does not, and if it was there
+    before the first step."""
     found = points(folder)
+    if min(found[0][1].values()) >= goal:
+        return float("inf"), float("inf")
     return tuple(cost_to_reach([(step, min(right.values()), (tokens, seconds)[what])
                                 for step, right, tokens, seconds in found], goal) for what in (0, 1))
 

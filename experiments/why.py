@@ -1,7 +1,7 @@
 """Why on-policy: what is learned from whose text, where a teacher does not write as the student does.
 
-    python experiments/why.py                   # 22 minutes on two cores, and ten for the models
-    python experiments/why.py --quick           # one seed, two arms of two lessons
+    python experiments/why.py                   # a quarter of an hour on two cores, and ten minutes for the models
+    python experiments/why.py --quick           # one seed, two arms of two lessons: two minutes, and two for the models
     python experiments/why.py --sweeps          # where each gap vanishes
     python experiments/why.py --rates           # the learning rates in this file, on a seed used for nothing else
 
@@ -33,7 +33,7 @@ from typing import NamedTuple
 from compare import ROOT, TOY, accuracy_by, columns, differences, percent, run_all, slug, table
 
 sys.path[:0] = [str(TOY), str(ROOT / "docs")]
-from made import DIGITS, MADE, SEEN, data, made, notation, problems  # noqa: E402
+from made import DIGITS, MADE, SEEN, WIDTHS, data, made, notation, problems  # noqa: E402
 from make_picture import (BOTTOM, COLOURS, GREY, PANELS, TOP, curve, drawing, line, scale, shares,  # noqa: E402
                           text)
 
@@ -69,6 +69,9 @@ BOTH = {
     "sampled policy gradient": "opd --divergence policy_gradient --advantage opd",
     "minillm: credit to the first token": "minillm",
     SFT: "sft --responses teacher"}
+WORDS = {
+    "xtok: own text, credit per chunk": "xtok --min_coverage 0",
+    SFT: "sft --responses teacher"}
 RARE = {
     OWN: "opd --problems 8 --samples 8",
     "grpo: a verifier, no teacher": "grpo --teacher none --problems 8 --samples 8",
@@ -81,7 +84,8 @@ RUINED = {
 RUINING = {"sft at 1e-4": "sft --responses teacher --lr 1e-4"}
 CHOSEN = {      # by --rates, arm by arm; N = 8 has those of N = 4
     "N = 1": "3e-4 3e-4 3e-4 3e-4", "N = 2": "3e-4 3e-5 1e-4 3e-5", "N = 4": "3e-4 3e-5 3e-5 3e-5",
-    "N = 8": "3e-4 3e-5 3e-5 3e-5", "knows both": "1e-4 3e-5 1e-4 1e-4 3e-5", "rare": "3e-5 3e-5 3e-4",
+    "N = 8": "3e-4 3e-5 3e-5 3e-5", "N = 4, other tokens": "3e-4 3e-5",
+    "knows both": "1e-4 3e-5 1e-4 1e-4 3e-5", "rare": "3e-5 3e-5 3e-4",
     "ruined": "3e-4 3e-4 3e-4 3e-4 3e-4"}
 
 
@@ -93,13 +97,12 @@ def at(name: str, arms: dict[str, str]) -> dict[str, str]:
 def lessons(runs: Path) -> dict[str, Lesson]:
     ruined = f"{runs.resolve()}/{slug('N = 4, larger steps')}/{slug(*RUINING)}-{{seed}}/last"
     larger = {label: f"{command} --lr 3e-4" for label, command in list(RARE.items())[:2]}
-    hands = {count: at(f"N = {count}", HANDS) for count in (1, 2, 4, 8)}
+    hands = at("N = 4", HANDS)
     return {
-        **{f"N = {count}": lesson("one", f"notations{count}", arms) for count, arms in hands.items()},
-        "N = 4, as many FLOPs": lesson("one", "notations4", {SFT: hands[4][SFT]}, steps=75),
-        "N = 4, four times as long": lesson("one", "notations4", {label: hands[4][label] for label in (OWN, SFT)},
-                                            steps=240),
+        "N = 1": lesson("one", "notations1", at("N = 1", HANDS)), "N = 4": lesson("one", "notations4", hands),
+        "N = 4, as many FLOPs": lesson("one", "notations4", {SFT: hands[SFT]}, steps=75),
         "N = 4, larger steps": lesson("one", "notations4", RUINING),
+        "N = 4, other tokens": lesson("one", "words4", at("N = 4, other tokens", WORDS)),
         "knows both": lesson("both", "notations2", at("knows both", BOTH)),
         "rare": lesson("seen2", "notations1", at("rare", RARE), steps=90, kind="only", more="--verifier exact"),
         "rare, larger steps": lesson("seen2", "notations1", larger, steps=90, kind="only", more="--verifier exact"),
@@ -108,11 +111,15 @@ def lessons(runs: Path) -> dict[str, Lesson]:
 
 def sweeps() -> dict[str, Lesson]:
     rare = {label: f"{command} --lr 3e-4" for label, command in RARE.items()}
-    two = {label: at("N = 1", HANDS)[label] for label in (OWN, SFT)}
+    one, four = ({label: at(name, HANDS)[label] for label in (OWN, SFT)} for name in ("N = 1", "N = 4"))
     return {
+        **{f"N = {count}": lesson("one", f"notations{count}", at(f"N = {count}", HANDS))
+           for count in (1, 2, 4, 8)},
+        "N = 4, four times as long": lesson("one", "notations4", four, steps=240),
+        **{f"N = 4, width {width}": lesson(f"width{width}", "notations4", four) for width in WIDTHS},
         **{f"seen{percent}": lesson(f"seen{percent}", "notations1", rare, steps=90, kind="only",
                                    more="--verifier exact") for percent in SEEN[1:]},
-        **{f"{digits} digits": lesson(f"digits{digits}", f"teacher{digits}", two, kind=f"times{digits}",
+        **{f"{digits} digits": lesson(f"digits{digits}", f"teacher{digits}", one, kind=f"times{digits}",
                                       more=f"--max_new_tokens {6 * digits}") for digits in DIGITS}}
 
 
@@ -161,8 +168,8 @@ def rate(folder: Path) -> str:
 
 def rates(runs: Path) -> None:
     """The mean of both skills of each arm at each rate, on the models of the pilot's seed."""
-    here = lessons(runs)
-    made(sorted({model for found in here.values() for model in found.models}), [PILOT])
+    here = lessons(runs) | sweeps()
+    made(sorted({model for name in CHOSEN for model in here[name].models}), [PILOT])
     run_lesson("N = 4, larger steps", here["N = 4, larger steps"], 1, runs, PILOT)      # `ruined` goes on from it
     for name in (name for name in CHOSEN if name != "N = 8"):
         arms = {f"{label} {lr}": f"{command.rpartition(' --lr ')[0]} --lr {lr}"
@@ -197,13 +204,15 @@ def picture(points: dict[str, dict[str, tuple[float, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=0, choices=range(1, 6), metavar="N",
-                        help="fresh models and one run per arm for each (default: 5, sweeps 3)")
+                        help="fresh models and one run per arm for each (default: 5)")
     parser.add_argument("--runs", type=Path, default=Path("runs/why"), help="where the runs are kept")
-    parser.add_argument("--picture", type=Path, help="the file to draw the first lesson to (docs/why.svg)")
+    parser.add_argument("--picture", type=Path, help="with --sweeps: the file to draw the notations to (docs/why.svg)")
     parser.add_argument("--quick", action="store_true", help="one seed, two arms of two lessons")
     parser.add_argument("--sweeps", action="store_true", help="where each gap vanishes")
     parser.add_argument("--rates", action="store_true", help="each arm at each learning rate, on the seed for that")
     args = parser.parse_args()
+    if args.picture and not args.sweeps:
+        parser.error("--picture needs --sweeps: it draws N = 1, 2, 4 and 8")
     if args.rates:
         return rates(args.runs)
     chosen = sweeps() if args.sweeps else lessons(args.runs)
@@ -211,7 +220,7 @@ def main() -> None:
         few = {"N = 4": (OWN, SFT), "knows both": (OWN, "minillm: credit to the first token")}
         chosen = {name: chosen[name]._replace(arms={label: chosen[name].arms[label] for label in labels})
                   for name, labels in few.items()}
-    seeds = args.seeds or (1 if args.quick else 3 if args.sweeps else 5)
+    seeds = args.seeds or (1 if args.quick else 5)
     made(sorted({model for found in chosen.values() for model in found.models}), list(range(seeds)))
     means = {name: show(name, run_lesson(name, found, seeds, args.runs)) for name, found in chosen.items()}
     if args.picture:

@@ -10,6 +10,7 @@ import torch
 BENCH = str(Path(__file__).resolve().parents[1] / "bench")
 sys.path.insert(0, BENCH)
 import budget  # noqa: E402
+import fused  # noqa: E402
 from common import qwen3  # noqa: E402
 from ledger import Kernel, known, paper_gpu, paper_model  # noqa: E402
 
@@ -71,6 +72,44 @@ def test_one_and_two_layers_tell_what_three_cost(found, monkeypatch):
         assert {kernel: n for kernel, n in told.items() if n} == dict(three[phase]), phase
     told = budget.grown(one["optimizer"], found["optimizer"], 3)
     assert all(budget.total(told, what) == budget.total(three["optimizer"], what) for what in ("bytes", "launches"))
+
+
+def test_compiled_layers_keep_products_attention_and_sums_of_gradients(found, monkeypatch):
+    """Between them stands what inductor generates, here a kernel of 7 bytes for every layer and micro-batch.
+    fails if: an eager kernel of a layer is left in, a product is taken out, or the sum of a gradient with that of the
+    micro-batch before it"""
+    one = Counter({Kernel("fused", 7, 0, 1, "other"): 1})
+    monkeypatch.setattr(budget, "BATCHES", (4,))
+    monkeypatch.setattr(fused, "decode_kernels", lambda raw, rows: [one for _ in rows])
+    monkeypatch.setattr(fused, "layer_kernels", lambda raw, tokens, trained: [one for _ in tokens])
+    plain, _ = budget.count(SMALL, SMALL, SIZES)
+    compiled, layer = budget.compiled(SMALL, SMALL, SIZES)
+    for phase, of_each in (("decode 4", 1), ("scoring", 2), ("backward", 2)):
+        kept, new = plain[phase] - Counter(), compiled[phase] - Counter()
+        assert [flops(new, kind) for kind in ("product", "attention")] == [flops(kept, kind) for kind in
+                                                                         ("product", "attention")]
+        assert sum(n for kernel, n in new.items() if kernel.operator == "fused") == L * of_each
+        others = {kernel.operator for kernel in layer[phase] if kernel.kind == "other" and layer[phase][kernel]}
+        assert others == ({"fused", "add", "zero"} if phase == "backward" else {"fused"})
+    assert budget.micro_batches(SIZES) == [26, 26]
+    sums = Counter({kernel: n for kernel, n in layer["backward"].items() if kernel.operator == "add"})
+    assert budget.total(sums, "bytes") == 2 * 12 * (PRODUCTS + 2 * D + 2 * H)
+
+
+def test_a_fused_loss_reads_both_sides_and_writes_the_gradient(monkeypatch):
+    """fails if: a side of the logits is left out, or the plain loss is counted beside the fused one"""
+    monkeypatch.setattr(budget, "BATCHES", ())
+    plain, compiled = (budget.phases_of(SMALL, SMALL, SIZES, fused_loss)["backward"] for fused_loss in (False, True))
+    rows = SIZES.batch * SIZES.new
+    moved = sum(kernel.bytes * n for kernel, n in compiled.items() if kernel.operator == "fused loss")
+    assert moved == 2 * rows * V * (2 * fused.PASSES + 3)
+    assert {kernel.operator for kernel in plain} - {kernel.operator for kernel in compiled} >= {"_log_softmax", "exp"}
+
+
+def test_inductor_tells_what_it_generates():
+    """fails if: bytes are not those of what is read and written, or a product counts as generated"""
+    function = torch.compile(lambda x, w: ((x.sin() + 1) * 2) @ w)
+    assert fused.generated(lambda: function(torch.ones(64, 32), torch.ones(32, 32))) == [2 * 4 * 64 * 32]
 
 
 def test_nothing_is_allocated():

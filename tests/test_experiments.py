@@ -167,7 +167,8 @@ def test_skills_are_told_apart_by_the_kind_of_the_problem(tmp_path):
 
 def test_the_goal_counts_for_the_worst_kind_and_tokens_whoever_wrote_them(tmp_path):
     """Old skill at 100 % throughout, new from 50 to 100 % over 30 tokens and 3 seconds: 90 % after 24 tokens, 2.4 s.
-    fails if: the mean of the kinds counts, off-policy tokens are free, or evaluations cost seconds."""
+    fails if: the mean of the kinds counts, off-policy tokens are free, evaluations cost seconds, or a student that is
+    there before its first step gets it for nothing."""
     board = importlib.import_module("board")
     (tmp_path / "held.jsonl").write_text("".join(json.dumps({"kind": kind}) + "\n" for kind in ("new", "new", "old")))
     lines = [{"step": 0, "eval": {"seconds": 9}},
@@ -178,7 +179,7 @@ def test_the_goal_counts_for_the_worst_kind_and_tokens_whoever_wrote_them(tmp_pa
     evaluated(tmp_path / "a", 2, [(True, ""), (True, ""), (True, "")])
     assert board.costs(tmp_path / "a", 0.9) == pytest.approx((24, 2.4))
     assert board.points(tmp_path / "a")[-1][1:] == ({"new": 1.0, "old": 1.0}, 30, 3.0)
-    assert board.costs(tmp_path / "a", 1.01) == (float("inf"),) * 2
+    assert board.costs(tmp_path / "a", 1.01) == board.costs(tmp_path / "a", 0.5) == (float("inf"),) * 2
 
 
 def test_a_price_is_of_the_seeds_that_got_there():

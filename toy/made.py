@@ -16,6 +16,8 @@ old one are then to be deleted by hand.
     clean, damaged          teachers that have read right calculations only; the second, in a fifth of them, six letters
                             after which every result is wrong
     digits3, 8, 12          `one` for calculations of so many digits; teacher3, 8, 12 their teachers
+    width48, 192            `one`, half and twice as wide
+    words4                  `notations4` with another tokenizer, that of toy/teacher_bpe
 
     times_train.jsonl   problems with at least one `*`
     only_train.jsonl    problems with nothing else, whose answer is the whole calculation (for --verifier exact): one
@@ -57,6 +59,7 @@ OLD, ALL = "+-^", "+-^*"                                         # `^` is the la
 N_TRAIN, N_TEST = 1500, 128
 DIGITS = 3, 8, 12                                               # other lengths than the usual five
 SEEN = 2, 5, 10, 20
+WIDTHS = 48, 192                                                # others than the usual 96
 
 
 # The language
@@ -99,17 +102,18 @@ def both_ways(operators: str, share: float = 1.0, **kind) -> dict:
             partial(in_notations, operators=operators, slip=0.3, **kind): 0.4 * share}
 
 
-def base(operators: str, steps: int) -> Checkpoint:
-    return Checkpoint(96, 3, 100, [Phase(steps, 3e-3, both_ways(operators))], (0.0, 1.0), batch=32)
+def base(operators: str, steps: int, width: int = 96, tokenizer: str = "bytes", **kind) -> Checkpoint:
+    return Checkpoint(width, 3, 100, [Phase(steps, 3e-3, both_ways(operators, **kind))], (0.0, 1.0), batch=32,
+                      tokenizer=tokenizer)
 
 
-def more(steps: int, mixture: dict, lr: float = 1e-3) -> Checkpoint:
-    return Checkpoint(96, 3, 200, [Phase(steps, lr, mixture)], (0.0, 1.0), batch=32)
+def more(steps: int, mixture: dict, lr: float = 1e-3, width: int = 96) -> Checkpoint:
+    return Checkpoint(width, 3, 200, [Phase(steps, lr, mixture)], (0.0, 1.0), batch=32)
 
 
-def seen(percent: int, steps: int, **kind) -> Checkpoint:
+def seen(percent: int, steps: int, width: int = 96, **kind) -> Checkpoint:
     """percent: of the examples that may have a `*`."""
-    return more(steps, both_ways(OLD, 1 - percent / 100, **kind) | both_ways(ALL, percent / 100, **kind))
+    return more(steps, both_ways(OLD, 1 - percent / 100, **kind) | both_ways(ALL, percent / 100, **kind), width=width)
 
 
 def derails(percent: int, then: str) -> Checkpoint:
@@ -123,25 +127,32 @@ def unstumbling(damaged: float) -> Checkpoint:
                                                      partial(derailing, then="wrong"): damaged})], (0.0, 1.0))
 
 
-BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800), "clean": unstumbling(0.0), "damaged": unstumbling(0.2)}
+BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800), "clean": unstumbling(0.0), "damaged": unstumbling(0.2),
+         "words4": base(ALL, 1250, tokenizer="long_words", count=4),
+         **{f"never{width}": base(OLD, 800, width) for width in WIDTHS}}
 CHECKPOINTS = BASES | {
     "one": seen(50, 180), "both": seen(50, 350, count=2), **{f"seen{percent}": seen(percent, 150) for percent in SEEN},
     **{f"notations{count}": more(350 + 25 * count, both_ways(ALL, count=count), 2e-3) for count in (2, 4, 8)},
     **{f"derails{percent}": derails(percent, "cut") for percent in (10, 20, 40)}, "breaks20": derails(20, "right"),
     **{f"digits{digits}": seen(50, 180, digits=digits) for digits in DIGITS},
-    **{f"teacher{digits}": more(350, both_ways(ALL, digits=digits), 2e-3) for digits in DIGITS}}
+    **{f"teacher{digits}": more(350, both_ways(ALL, digits=digits), 2e-3) for digits in DIGITS},
+    **{f"width{width}": seen(50, 180, width) for width in WIDTHS}}
 
 
 def parent(name: str) -> str | None:
     """The checkpoint that this one goes on from."""
-    return None if name in BASES else "notations1" if name.startswith(("notations", "teacher")) else "never"
+    if name in BASES:
+        return None
+    if name.startswith("width"):
+        return name.replace("width", "never")
+    return "notations1" if name.startswith(("notations", "teacher")) else "never"
 
 
 def description(name: str) -> str:
     """Its settings and those of the one it goes on from; not the code, nor the seed."""
     c, start = CHECKPOINTS[name], parent(name)
     kinds = [{str(kind.keywords): share for kind, share in phase.mixture.items()} for phase in c.phases]
-    return repr((c.width, c.layers, c.seed, c.batch, [(phase.steps, phase.lr) for phase in c.phases], kinds,
+    return repr((c.width, c.layers, c.seed, c.batch, c.tokenizer, [(phase.steps, phase.lr) for phase in c.phases], kinds,
                  start and description(start)))
 
 
@@ -186,7 +197,7 @@ def make_one(job: tuple[str, int, set[str]]) -> int:
     torch.set_num_threads(1)
     c, start = CHECKPOINTS[name], parent(name) and load_model(MADE / f"{parent(name)}-{seed}")
     new = MADE / f".{name}-{seed}.{os.getpid()}"
-    make.write_tokenizer(new)
+    make.write_tokenizer(new, CHECKPOINTS[name].tokenizer)
     with open(os.devnull, "w") as nowhere:
         model = make.pretrain(name, replace(c, seed=c.seed + seed), Tokenizer(new), held_out, start, to=nowhere)
     model.save(new, torch.bfloat16)

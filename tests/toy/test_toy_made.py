@@ -100,6 +100,19 @@ def test_a_checkpoint_is_made_once_and_again_when_its_description_changes(here, 
     assert file.read_bytes() != before and not [path for path in here.iterdir() if path.name.startswith(".")]
 
 
+def test_a_checkpoint_goes_on_from_one_of_its_width_and_speaks_its_own_tokens(here, monkeypatch):
+    """fails if: a width goes on from a model of another, or a checkpoint gets the usual tokenizer in place of its own."""
+    for name, row in made.CHECKPOINTS.items():
+        assert made.parent(name) is None or made.CHECKPOINTS[made.parent(name)].width == row.width
+    tiny = make.Checkpoint(32, 1, 100, [make.Phase(1, 1e-3, made.both_ways(made.ALL))], (0.0, 1.0), batch=2,
+                           tokenizer=made.CHECKPOINTS["words4"].tokenizer)
+    monkeypatch.setattr(made, "CHECKPOINTS", {"words4": tiny})
+    monkeypatch.setattr(made.torch.multiprocessing, "get_context", lambda kind: Here)
+    made.made(["words4"], [0])
+    tokenizer = made.Tokenizer(here / "words4-0")
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("+8=1;1")] == ["+8=", "1;1"]
+
+
 class Here:
     """A pool of processes, without processes."""
     def __init__(self, count):
