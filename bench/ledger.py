@@ -354,7 +354,8 @@ def paper_gpu():
     replaced = [(flash_file, "flash_ready"), (flash_file, "available"), (rollout.Slots, "decode"),
                 (rollout, "head_product"), (losses, "gradient_in_place"), (losses, "chunked_backward"),
                 (_foreach_utils, "_get_foreach_kernels_supported_devices"),
-                (_foreach_utils, "_foreach_supported_types"), (F, "rms_norm"), (F, "silu"), (F, "scaled_dot_product_attention")]
+                (_foreach_utils, "_foreach_supported_types"), (F, "rms_norm"), (F, "silu"),
+                (F, "scaled_dot_product_attention")]
     plain = [(place, name, getattr(place, name)) for place, name in replaced]
     flash_file.flash_ready = lambda device, dtype, head_dim: dtype == torch.bfloat16
     flash_file.available = lambda path: path == flash_file.KERNELS[1]

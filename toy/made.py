@@ -152,8 +152,8 @@ def description(name: str) -> str:
     """Its settings and those of the one it goes on from; not the code, nor the seed."""
     c, start = CHECKPOINTS[name], parent(name)
     kinds = [{str(kind.keywords): share for kind, share in phase.mixture.items()} for phase in c.phases]
-    return repr((c.width, c.layers, c.seed, c.batch, c.tokenizer, [(phase.steps, phase.lr) for phase in c.phases], kinds,
-                 start and description(start)))
+    phases = [(phase.steps, phase.lr) for phase in c.phases]
+    return repr((c.width, c.layers, c.seed, c.batch, c.tokenizer, phases, kinds, start and description(start)))
 
 
 # Files
