@@ -16,17 +16,18 @@ Measured   Accuracy after the last step (avg@2 at temperature 1), mean and 95 % 
 Against    a row that is no better than the first, seed by seed.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from compare import TOY, cost_to_reach, differences, known, mean_by, percent, records, run_all, table
+from compare import TOY, accuracy_by, cost_to_reach, differences, known, percent, records, run_all, table
 
 sys.path.insert(0, str(TOY))
 from made import MADE, data, made, problems  # noqa: E402
 
 STEPS, PILOT, RATES = 60, 6, ("1e-4", "3e-4")
+# of a run, at every evaluation: step, kind of problem -> accuracy, tokens so far, seconds of steps so far
+Curve = list[tuple[int, dict[str, float], int, float]]
 
 
 class Task(NamedTuple):
@@ -58,15 +59,11 @@ def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:
     return {name: ({row: row for row in ROWS}, f"{task.flags} {COMMON}") for name, task in TASKS.items()}
 
 
-def points(folder: Path) -> list[tuple[int, dict[str, float], int, float]]:
-    """(step, kind of problem -> accuracy, tokens so far, seconds of steps so far) at every evaluation."""
-    config = json.loads((folder / "config.json").read_text())
-    held_out = [json.loads(line) for line in Path(config["eval_data"]).read_text().splitlines()]
+def points(folder: Path) -> Curve:
     found, tokens, seconds = [], 0, 0.0
     for record in records(folder):
         if "eval" in record:
-            lines = (folder / f"samples/step-{record['step']:06d}.jsonl").read_text().splitlines()
-            right = mean_by(lambda problem: problem.get("kind", "all"), held_out, [json.loads(line) for line in lines])
+            right = accuracy_by(folder, lambda problem: problem.get("kind", "all"), record["step"])
             found.append((record["step"], right, tokens, seconds))
         else:
             tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
@@ -77,10 +74,9 @@ def mean(right: dict[str, float]) -> float:
     return sum(right.values()) / len(right)
 
 
-def costs(folder: Path, goal: float) -> tuple[float, float]:
+def costs(found: Curve, goal: float) -> tuple[float, float]:
     """(tokens, seconds) until the worst kind of problems reaches the goal; infinite if it does not, and if it was there
     before the first step."""
-    found = points(folder)
     if min(found[0][1].values()) >= goal:
         return float("inf"), float("inf")
     return tuple(cost_to_reach([(step, min(right.values()), (tokens, seconds)[what])
@@ -108,9 +104,9 @@ def row_on(row: str, name: str, seeds: int, runs: Path) -> tuple[str, list[Path]
     return command, run_all({command: command}, f"{task.flags} {COMMON}", seeds, runs / name)[command]
 
 
-def reached(folders: list[Path]) -> str:
+def reached(curves: list[Curve]) -> str:
     """One share, or one for each kind of problems."""
-    last = [points(folder)[-1][1] for folder in folders]
+    last = [found[-1][1] for found in curves]
     return " / ".join(percent([right[kind] for right in last]) for kind in sorted(last[0]))
 
 
@@ -127,11 +123,12 @@ def main() -> None:
         rows, plain = [], None
         for row in args.rows:
             command, folders = row_on(row, name, args.seeds, args.runs)
-            ends = [mean(points(folder)[-1][1]) for folder in folders]
+            curves = [points(folder) for folder in folders]
+            ends = [mean(found[-1][1]) for found in curves]
             plain = plain or ends
-            cells = [f"`{command}`", reached(folders), percent(differences(ends, plain), "+") if rows else ""]
+            cells = [f"`{command}`", reached(curves), percent(differences(ends, plain), "+") if rows else ""]
             if TASKS[name].goal:
-                cells += priced([costs(folder, TASKS[name].goal) for folder in folders])
+                cells += priced([costs(found, TASKS[name].goal) for found in curves])
             rows.append(cells)
             print(f"{name}: {command} {cells[1]}", file=sys.stderr, flush=True)
         goal = [f"tokens to {TASKS[name].goal:.0%}", "seconds"] if TASKS[name].goal else []

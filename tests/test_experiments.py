@@ -177,9 +177,10 @@ def test_the_goal_counts_for_the_worst_kind_and_tokens_whoever_wrote_them(tmp_pa
     write_run(tmp_path / "a", {"eval_data": str(tmp_path / "held.jsonl")}, lines)
     evaluated(tmp_path / "a", 0, [(False, ""), (True, ""), (True, "")])
     evaluated(tmp_path / "a", 2, [(True, ""), (True, ""), (True, "")])
-    assert board.costs(tmp_path / "a", 0.9) == pytest.approx((24, 2.4))
-    assert board.points(tmp_path / "a")[-1][1:] == ({"new": 1.0, "old": 1.0}, 30, 3.0)
-    assert board.costs(tmp_path / "a", 1.01) == board.costs(tmp_path / "a", 0.5) == (float("inf"),) * 2
+    found = board.points(tmp_path / "a")
+    assert board.costs(found, 0.9) == pytest.approx((24, 2.4))
+    assert found[-1][1:] == ({"new": 1.0, "old": 1.0}, 30, 3.0)
+    assert board.costs(found, 1.01) == board.costs(found, 0.5) == (float("inf"),) * 2
 
 
 def test_a_price_is_of_the_seeds_that_got_there():
