@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Callable, Iterable
@@ -135,11 +136,13 @@ def run_all(arms: dict[str, str], flags: str, seeds: int, runs: Path, first: int
 
 
 def ready(line: list[str]) -> Run:
-    """What train.py would train with this command line, loaded and not yet begun."""
-    run = set_up(parse(line, train.SETTINGS)[0], {})
-    train.defaults(run)
-    for attach in offers("attach"):
-        attach(run)
+    """What train.py would train with this command line, loaded and not yet begun. What it says on the way goes to
+    standard error: the tables are alone on standard output."""
+    with redirect_stdout(sys.stderr):
+        run = set_up(parse(line, train.SETTINGS)[0], {})
+        train.defaults(run)
+        for attach in offers("attach"):
+            attach(run)
     return run
 
 
