@@ -71,7 +71,7 @@ BOTH = {
     "minillm: credit to the first token": "minillm",
     SFT: "sft --responses teacher"}
 WORDS = {
-    "xtok: own text, credit per chunk": "xtok --min_coverage 0",
+    "xtok: own text, credit per chunk": "xtok --min_coverage 0 --max_dropped 0.05",
     SFT: "sft --responses teacher"}
 RARE = {
     OWN: "opd --problems 8 --samples 8",

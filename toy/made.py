@@ -7,7 +7,7 @@ old one are then to be deleted by hand.
     never                   calculations without `*` (the old skill). It has met no problem with one (the new skill),
                             only some 700 steps after a slip that wrote a `*` in place of another operator
     one                     the same, after some with `*`, which it knows less well
-    seen2, 5, 10, 20        the same, of which so many in a hundred might have had a `*`
+    seen2, 5, 20            the same, of which so many in a hundred might have had a `*`
     both                    like `one`, in two notations, each half of the time
     notations1, 2, 4, 8     teachers that write each calculation in one of so many notations, all equally often, and are
                             right in all: `3+8=1;1*2=2#2`, `3+8:1,1*2:2#2`, `3+8~1&1*2~2#2` ...
@@ -58,7 +58,7 @@ NOTATIONS = "=;", ":,", "~&", "_|", "$!", "@%", "<>", "(/"       # what stands f
 OLD, ALL = "+-^", "+-^*"                                         # `^` is the larger of two
 N_TRAIN, N_TEST = 1500, 128
 DIGITS = 3, 8, 12                                               # other lengths than the usual five
-SEEN = 2, 5, 10, 20
+SEEN = 2, 5, 20
 WIDTHS = 48, 192                                                # others than the usual 96
 
 
