@@ -2,7 +2,7 @@
 
     python bench/budget.py                              # Qwen3 shapes on four GPUs, goals, kernels per layer
     python bench/budget.py --models qwen3-0.6b --operators      # and operator by operator: what to fuse
-    python bench/budget.py --compiled                   # and what --compile would change of the first model's (minutes)
+    python bench/budget.py --compiled                   # and what --compile makes of the first model (minutes)
     python bench/budget.py --measure                    # on a GPU: measured beside predicted
 
 This project's own code runs on tensors without memory (ledger.py), and every kernel is noted with its bytes and FLOPs.

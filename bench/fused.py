@@ -85,7 +85,7 @@ def decode_bytes(raw: dict, layers: int) -> list[int]:
 
 def layer_kernels(raw: dict, tokens: list[int], trained: bool) -> list[Counter]:
     """Of one layer, for each micro-batch of so many tokens: with its backward pass, or of a teacher that is read."""
-    few, more = (sorted(layer_bytes(raw, count, trained)) for count in (FEW, MORE))
+    few, more = (layer_bytes(raw, count, trained) for count in (FEW, MORE))
     return [Counter(Kernel("fused", a + (b - a) * (n - FEW) // (MORE - FEW), 0, 1, "other")
                     for a, b in zip(few, more, strict=True)) for n in tokens]
 
