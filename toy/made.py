@@ -15,7 +15,7 @@ old one are then to be deleted by hand.
                             over and over, or letters, until they are cut; breaks20: six letters, then on as before
     clean, damaged          teachers that have read right calculations only; the second, in a fifth of them, six letters
                             after which every result is wrong
-    digits3, 8, 12          `one` for calculations of so many digits; teacher3, 8, 12 their teachers
+    digits3, 8              `one` for calculations of so many digits; teacher3, 8 their teachers
     width48, 192            `one`, half and twice as wide
     words4                  `notations4` with another tokenizer, that of toy/teacher_bpe
 
@@ -36,6 +36,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import string
 import sys
@@ -57,7 +58,7 @@ MADE = make.TOY.parent / "runs" / "made"
 NOTATIONS = "=;", ":,", "~&", "_|", "$!", "@%", "<>", "(/"       # what stands for `=` and for `;`
 OLD, ALL = "+-^", "+-^*"                                         # `^` is the larger of two
 N_TRAIN, N_TEST = 1500, 128
-DIGITS = 3, 8, 12                                               # other lengths than the usual five
+DIGITS = 3, 8                                                   # other lengths than the usual five
 SEEN = 2, 5, 20
 WIDTHS = 48, 192                                                # others than the usual 96
 
@@ -128,6 +129,7 @@ def unstumbling(damaged: float) -> Checkpoint:
 
 
 BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800), "clean": unstumbling(0.0), "damaged": unstumbling(0.2),
+         "never8": base(OLD, 800, digits=8), "teacher8": base(ALL, 1150, digits=8),   # five digits are no beginning
          "words4": base(ALL, 1250, tokenizer="long_words", count=4),
          **{f"never{width}": base(OLD, 800, width) for width in WIDTHS}}
 CHECKPOINTS = BASES | {
@@ -135,7 +137,7 @@ CHECKPOINTS = BASES | {
     **{f"notations{count}": more(350 + 25 * count, both_ways(ALL, count=count), 2e-3) for count in (2, 4, 8)},
     **{f"derails{percent}": derails(percent, "cut") for percent in (10, 20, 40)}, "breaks20": derails(20, "right"),
     **{f"digits{digits}": seen(50, 180, digits=digits) for digits in DIGITS},
-    **{f"teacher{digits}": more(350, both_ways(ALL, digits=digits), 2e-3) for digits in DIGITS},
+    "teacher3": more(350, both_ways(ALL, digits=3), 2e-3),
     **{f"width{width}": seen(50, 180, width) for width in WIDTHS}}
 
 
@@ -143,8 +145,8 @@ def parent(name: str) -> str | None:
     """The checkpoint that this one goes on from."""
     if name in BASES:
         return None
-    if name.startswith("width"):
-        return name.replace("width", "never")
+    if (own := re.sub("width|digits", "never", name)) in BASES:
+        return own
     return "notations1" if name.startswith(("notations", "teacher")) else "never"
 
 
