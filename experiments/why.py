@@ -70,9 +70,10 @@ BOTH = {
     "sampled policy gradient": "opd --divergence policy_gradient --advantage opd",
     "minillm: credit to the first token": "minillm",
     SFT: "sft --responses teacher"}
+READ = "--min_coverage 0 --max_dropped 0.05"     # two of a hundred responses hold what the teacher has no token for
 WORDS = {
-    "xtok: own text, credit per chunk": "xtok --min_coverage 0 --max_dropped 0.05",
-    SFT: "sft --responses teacher"}
+    "xtok: own text, credit per chunk": f"xtok {READ}",
+    SFT: f"sft --responses teacher {READ}"}
 RARE = {
     OWN: "opd --problems 8 --samples 8",
     "grpo: a verifier, no teacher": "grpo --teacher none --problems 8 --samples 8",
@@ -85,7 +86,7 @@ RUINED = {
 RUINING = {"sft at 1e-4": "sft --responses teacher --lr 1e-4"}
 CHOSEN = {      # by --rates, arm by arm; N = 8 has those of N = 4
     "N = 1": "3e-4 3e-4 3e-4 3e-4", "N = 2": "3e-4 3e-5 1e-4 3e-5", "N = 4": "3e-4 3e-5 3e-5 3e-5",
-    "N = 8": "3e-4 3e-5 3e-5 3e-5", "N = 4, other tokens": "3e-4 3e-5",
+    "N = 8": "3e-4 3e-5 3e-5 3e-5", "N = 4, other tokens": "1e-4 3e-5",
     "knows both": "1e-4 3e-5 1e-4 1e-4 3e-5", "rare": "3e-5 3e-5 3e-4",
     "ruined": "3e-4 3e-4 3e-4 3e-4 3e-4"}
 
