@@ -49,8 +49,8 @@ COMMON = (f"--problems 32 --steps {STEPS} --eval_every 10 --eval_k 2 --verifier 
           f"--no-token_view --quiet")
 GROUPS = "--problems 4 --samples 8"
 ROWS = ("opd", "opd --divergence policy_gradient --advantage opd", "minillm", "sft --responses teacher",
-        f"grpo --teacher none {GROUPS}", "topk", "lsm", "eopd", "fire", "tip", "reopold", "exopd", "gkd", "sg",
-        *(f"{recipe} {GROUPS}" for recipe in ("opdvr", "kdrl", "uni", "scope")),
+        f"grpo --teacher none {GROUPS}", "topk", "lsm", "eopd", "fire", "tip", "reopold", "exopd", "gkd",
+        *(f"{recipe} {GROUPS}" for recipe in ("sg", "opdvr", "kdrl", "uni", "scope")),
         "iw", "power", "vopd", "tropd", "veto", "topd", "lightning", "opsa --teacher none")
 
 
