@@ -25,7 +25,7 @@ old one are then to be deleted by hand.
     times_test.jsonl    held-out problems of two kinds, `new` (of the same sort) and `old` (without a `*`)
     times3_train.jsonl and so on    of so many digits
 
-    python toy/made.py one notations4 --seeds 3     # makes these only; under a minute each
+    python toy/made.py one notations4 --seeds 3     # makes these only; about a minute each
 
 Here there is a fourth operator, `^`, the larger of two digits, which makes the old skill quicker to learn. A lone `#`
 in other notations than the first is prose to the verifier, so these runs take --verifier number.
