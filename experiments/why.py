@@ -1,7 +1,7 @@
 """Why on-policy: what is learned from whose text, where a teacher does not write as the student does.
 
     python experiments/why.py                   # a quarter of an hour on two cores, and ten minutes for the models
-    python experiments/why.py --quick           # one seed, two arms of two lessons: two minutes, and two for the models
+    python experiments/why.py --quick           # one seed, two arms of two lessons: two minutes, models included
     python experiments/why.py --sweeps          # where each gap vanishes
     python experiments/why.py --rates           # the learning rates in this file, on a seed used for nothing else
 
