@@ -1,7 +1,7 @@
 """Several updates on one rollout: what it saves, and what is wrong with the gradient of text that has grown stale.
 
     python experiments/stale.py                 # about a quarter of an hour on two idle cores
-    python experiments/stale.py --quick         # about 2 minutes: two seeds, few arms, a rough picture
+    python experiments/stale.py --quick         # a minute: two seeds, few arms, a rough picture
 
 Claim      Two or three passes over one batch of the student's text help. Forward KL bears stale text, reverse
            KL suffers, unless it is computed anew with the student as it is when it learns.
