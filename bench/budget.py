@@ -30,9 +30,10 @@ import torch
 import fused
 import losses
 import roofline
+from extras.fast import flash
 from ledger import GPU, Kernel, paper_gpu, paper_model
 from phases import Phases
-from rollout import Request, Slots, assemble
+from rollout import assemble
 from support.model_config import ModelConfig
 from teacher import Batch
 from train import Config
@@ -77,13 +78,9 @@ def all_rows(args) -> list[int]:
     return list(dict.fromkeys((*BATCHES, args.batch)))
 
 
-def slots(actor: Transformer, rows: int, args) -> Slots:
-    return Slots(actor, [Request([0] * args.prompt, args.new, n) for n in range(rows)], rows, (0,), 1.0, 0)
-
-
 def decode_step(actor: Transformer, rows: int, args, ledger) -> Counter:
     """A step of rollout.Slots at the mean length of the responses: what a CUDA graph records."""
-    pool = slots(actor, rows, args)
+    pool = fused.slots(actor, rows, args.prompt, args.new)
     pool.cache.longest = args.prompt + args.new // 2
     pool.cache.length_B.fill_(pool.cache.longest)
     ledger.take()
@@ -111,7 +108,7 @@ def phases_of(student: dict, teacher: dict, args, fused_loss: bool = False) -> d
         one.refresh()
         found["refresh"] = ledger.take()
         with torch.no_grad():
-            pool = slots(one.actor, args.batch, args)
+            pool = fused.slots(one.actor, args.batch, args.prompt, args.new)
             ledger.take()
             pool.admit(list(range(args.batch)))
             found["prefill"] = ledger.take()
@@ -157,9 +154,10 @@ def compiled(student: dict, teacher: dict, args) -> tuple[dict, dict]:
         between = dict(zip([f"decode {n}" for n in rows], fused.decode_kernels(student, rows)))
         for phase, raw in (("scoring", teacher), ("backward", student)):
             between[phase] = together(*fused.layer_kernels(raw, micro_batches(args), trained=phase == "backward"))
+    gathered = gathering(student)
     for phase, kernels in between.items():
         stay = Counter({kernel: n for kernel, n in layer[phase].items()
-                        if kernel.kind != "other" or (kernel.operator, kernel.bytes) in gathering(student)})
+                        if kernel.kind != "other" or (kernel.operator, kernel.bytes) in gathered})
         change = Counter(kernels)
         change.subtract(layer[phase] - stay)
         found[phase].update({kernel: layers(phase, student, teacher) * n for kernel, n in change.items()})
@@ -169,8 +167,9 @@ def compiled(student: dict, teacher: dict, args) -> tuple[dict, dict]:
 
 def micro_batches(args) -> list[int]:
     """Tokens of each."""
-    length, rows = args.prompt + args.new, max(1, args.micro_batch_tokens // (args.prompt + args.new))
-    return [length * min(rows, args.batch - start) for start in range(0, args.batch, rows)]
+    length = args.prompt + args.new
+    groups = flash.groups(range(args.batch), [length] * args.batch, args.micro_batch_tokens)
+    return [length * len(group) for group in groups]
 
 
 def gathering(raw: dict) -> set[tuple[str, int]]:

@@ -12,7 +12,7 @@ from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
-from common import compile_extra, random_model, with_layers  # isort: skip
+from common import Transformer, compile_extra, random_model, with_layers  # isort: skip
 
 import torch
 
@@ -22,8 +22,8 @@ from ledger import Kernel, Ledger, size
 from rollout import Request, Slots
 
 FEW, MORE = 64, 128         # rows or tokens; what kernels move grows evenly with them
-PASSES = 3                  # over both sides' logits before the gradient: the sums of the softmax, the divergence and
-                            # what is noted of it, and one that a kernel of its own may need
+PASSES = 3                  # readings of both sides' logits before that for the gradient, an estimate: one for the sums
+                            # of the softmax, one for the divergence and what is noted of it, and one to spare
 
 
 # Attention that inductor calls and does not look into; what it answers is of no account
@@ -65,6 +65,10 @@ def small(raw: dict, layers: int, dtype: torch.dtype):
                             torch.device("cpu"))
 
 
+def slots(actor: Transformer, rows: int, prompt: int, new: int) -> Slots:
+    return Slots(actor, [Request([0] * prompt, new, n) for n in range(rows)], rows, (0,), 1.0, 0)
+
+
 def decode_kernels(raw: dict, rows: list[int]) -> list[Counter]:
     """Of one layer in a decode step, for each number of rows."""
     one, two = (Counter(decode_bytes(raw, layers)) for layers in (1, 2))
@@ -77,7 +81,7 @@ def decode_bytes(raw: dict, layers: int) -> list[int]:
     model = small(raw, layers, torch.bfloat16).requires_grad_(False)
     merged.merge(model)
     compile_extra.compile_model(model)
-    pool = Slots(model, [Request([0], 1, n) for n in range(FEW)], FEW, (0,), 1.0, 0)
+    pool = slots(model, FEW, prompt=1, new=1)
     pool.cache.longest = 1
     with torch.no_grad():
         return generated(lambda: model(pool.last_S[:, None], pool.cache))
