@@ -42,9 +42,10 @@ def points(pairs) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in pairs)
 
 
-def curve(pairs, colour: str) -> str:
+def curve(pairs, colour: str, dashes: str = "") -> str:
+    more = f' stroke-dasharray="{dashes}"' if dashes else ""
     return (f'<polyline points="{points(pairs)}" fill="none" stroke="{colour}" stroke-width="2" '
-            f'stroke-linejoin="round"/>')
+            f'stroke-linejoin="round"{more}/>')
 
 
 def axis(left: float, right: float, most: float, label: str = "step") -> list[str]:

@@ -31,12 +31,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from compare import ROOT, TOY, accuracy_by, columns, differences, percent, run_all, slug, table
+from board import points
+from compare import (ROOT, TOY, accuracy_by, columns, cost_to_reach, differences, known, percent, run_all, slug, table)
 
 sys.path[:0] = [str(TOY), str(ROOT / "docs")]
 from made import DIGITS, MADE, SEEN, WIDTHS, data, made, notation, problems  # noqa: E402
-from make_picture import (BOTTOM, COLOURS, GREY, PANELS, TOP, curve, drawing, line, scale, shares,  # noqa: E402
-                          text)
+from make_picture import (BOTTOM, COLOURS, GREY, INK, ORANGE, PANELS, TOP, curve, drawing, scale,  # noqa: E402
+                          shares, text)
 
 PILOT, RATES = 6, ("3e-5", "1e-4", "3e-4")
 OWN = "opd: own text, reverse KL"
@@ -78,6 +79,11 @@ RARE = {
     OWN: "opd --problems 8 --samples 8",
     "grpo: a verifier, no teacher": "grpo --teacher none --problems 8 --samples 8",
     SFT: "sft --responses teacher --problems 64"}
+FASTER = {      # of which a student is followed that a verifier finds right now and then
+    OWN: "opd --problems 8 --samples 8 --lr 3e-4 --steps 90",
+    "grpo: a verifier, no teacher": "grpo --teacher none --problems 8 --samples 8 --lr 3e-4 --steps 360"}
+NOW_AND_THEN, GOALS = (0.01, 0.06), (0.2, 0.4)
+RARE_STUDENTS = [f"seen{percent}" for percent in SEEN]
 RUINED = {
     OWN: "opd", SFT: "sft --responses teacher",
     "FiRe's loss, all responses": "fire --weight none",
@@ -123,14 +129,20 @@ def sweeps() -> dict[str, Lesson]:
         "N = 4, four times as long": lesson("one", "notations4", four, steps=240),
         **{f"N = 4, width {width}": lesson(f"width{width}", "notations4", four) for width in WIDTHS},
         "rare, smaller steps": rare("seen2", smaller),
-        **{f"seen{percent}": rare(f"seen{percent}") for percent in SEEN[1:]},
+        "rare": rare("seen2"), **{f"seen{percent}": rare(f"seen{percent}") for percent in SEEN[1:]},
         **{f"{digits} digits": lesson(f"digits{digits}", f"teacher{digits}", one, kind=f"times{digits}",
                                       more=f"--max_new_tokens {6 * digits}") for digits in DIGITS}}
 
 
+def followed(student: str) -> Lesson:
+    found = rare(student, FASTER)
+    return found._replace(flags=f"{found.flags} --eval_every 10 --eval_k 2")
+
+
 def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:
     problems()
-    return {name: (found.arms, found.flags) for name, found in (lessons(runs) | sweeps()).items()}
+    found = lessons(runs) | sweeps() | {f"{student} followed": followed(student) for student in RARE_STUDENTS}
+    return {name: (one.arms, one.flags) for name, one in found.items()}
 
 
 def measured(folder: Path, step: int | None = None) -> tuple[float, float, float]:
@@ -167,6 +179,34 @@ def show(name: str, folders: dict[str, list[Path]]) -> dict[str, tuple[float, fl
             for label, values in every.items()}
 
 
+def found_now_and_then(folders: dict[str, dict[str, list[Path]]]) -> list[tuple[str, int]]:
+    """(student, seed) of those of the lessons on rare answers that begin in NOW_AND_THEN. folders: lesson -> its
+    runs."""
+    low, high = NOW_AND_THEN
+    return [(student, seed) for student, name in zip(RARE_STUDENTS, ("rare", *RARE_STUDENTS[1:]))
+            for seed, folder in enumerate(folders[name][OWN]) if low <= round(measured(folder, 0)[0], 2) <= high]
+
+
+def faster(students: list[tuple[str, int]], runs: Path) -> None:
+    """What it takes a teacher and a verifier to the same shares of right answers."""
+    rows, times = [], {}
+    for student, seed in students:
+        folders = run_lesson(f"{student} followed", followed(student), 1, runs, seed)
+        both = [points(folder) for (folder,) in folders.values()]
+        cells = [f"{student}, seed {seed}", f"{both[0][0][1]['new']:.1%}"]
+        for goal in GOALS:
+            spent = [[cost_to_reach([(step, right["new"], cost[what]) for step, right, *cost in found], goal)
+                      for found in both] for what in (0, 1)]
+            for (teacher, verifier), form in zip(spent, (",.0f", ".1f")):
+                times.setdefault((goal, form), []).append(verifier / teacher)
+                cells.append(f"{teacher:{form}} / {verifier:{form}} = {verifier / teacher:.1f}")
+        ends = [measured(folder) for (folder,) in folders.values()]
+        rows.append([*cells, *(" / ".join(f"{skills[which]:.1%}" for skills in ends) for which in (0, 1))])
+    rows.append(["times as much", "", *(known(found, ".1f") for found in times.values()), "", ""])
+    table(["opd / grpo", "begins at", *(f"{what} to {goal:.0%}" for goal in GOALS for what in ("tokens", "seconds")),
+           "ends at", "old skill"], rows)
+
+
 def rate(folder: Path) -> str:
     return f"{json.loads((folder / 'config.json').read_text())['lr']:.0e}".replace("e-0", "e-")
 
@@ -185,25 +225,32 @@ def rates(runs: Path) -> None:
                                for label in here[name].arms])
 
 
-def picture(points: dict[str, dict[str, tuple[float, float]]]) -> str:
-    """Both skills by the teacher's notations, a curve for each arm. points: N -> arm or `before` -> skills."""
-    drawn = []
-    for skill, ((left, right), title) in enumerate(zip(PANELS, ("new skill", "old skill, never trained on"))):
+def panels(titles: tuple[str, str], below: str, heights: list[dict[str, dict[str, float]]], arms) -> str:
+    """Two panels of shares with a curve for each arm, and what was before, dashed. heights: for each panel, place on
+    its lower axis -> arm or `before` -> share."""
+    drawn, lines = [], [*zip(arms, (*COLOURS, ORANGE, INK), [""] * len(arms)), ("before", GREY, "6 4")]
+    for (left, right), title, found in zip(PANELS, titles, heights):
         drawn += [f'<rect x="{left}" y="{TOP}" width="{right - left}" height="{BOTTOM - TOP}" fill="none" '
                   f'stroke="{GREY}" stroke-opacity="0.5"/>', text((left + right) / 2, TOP - 14, title, size=13),
-                  text((left + right) / 2, BOTTOM + 36, "notations of the teacher"), *shares(left, right)]
-        at = [left + (right - left) * (place + 0.5) / len(points) for place in range(len(points))]
-        drawn += [text(x, BOTTOM + 17, count) for x, count in zip(at, points)]
-        start = scale([next(iter(points.values()))["before"][skill]], 0, 1)[0]
-        drawn.append(line(left, start, right, start, f'stroke="{GREY}" stroke-width="1.5" stroke-dasharray="6 4"'))
-        for label, colour in zip(HANDS, COLOURS):
-            heights = scale([found[label][skill] for found in points.values()], 0, 1)
-            drawn += [curve(zip(at, heights), colour)]
-            drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in zip(at, heights)]
-    names = [*zip(HANDS, COLOURS), ("before (dashed)", GREY)]
-    drawn += [text(PANELS[0][0] + 12, BOTTOM - 12 - 17 * (len(names) - 1 - place), label, "start", colour=colour)
-              for place, (label, colour) in enumerate(names)]
+                  text((left + right) / 2, BOTTOM + 36, below), *shares(left, right)]
+        at = [left + (right - left) * (place + 0.5) / len(found) for place in range(len(found))]
+        drawn += [text(x, BOTTOM + 17, name) for x, name in zip(at, found)]
+        for label, colour, dashes in lines:
+            dots = list(zip(at, scale([rows[label] for rows in found.values()], 0, 1)))
+            drawn.append(curve(dots, colour, dashes))
+            if not dashes:
+                drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in dots]
+    drawn += [text(PANELS[0][0] + 12, BOTTOM - 12 - 17 * (len(lines) - 1 - row),
+                   f"{label} (dashed)" if dashes else label, "start", colour=colour)
+              for row, (label, colour, dashes) in enumerate(lines)]
     return drawing(drawn)
+
+
+def picture(means: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """Both skills by the teacher's notations. means: of each table, row -> mean skills."""
+    skills = [{str(count): {row: both[which] for row, both in means[f"N = {count}"].items()}
+               for count in (1, 2, 4, 8)} for which in (0, 1)]
+    return panels(("new skill", "old skill, never trained on"), "notations of the teacher", skills, HANDS)
 
 
 def main() -> None:
@@ -227,9 +274,14 @@ def main() -> None:
                   for name, labels in few.items()}
     seeds = args.seeds or (1 if args.quick else 5)
     made(sorted({model for found in chosen.values() for model in found.models}), list(range(seeds)))
-    means = {name: show(name, run_lesson(name, found, seeds, args.runs)) for name, found in chosen.items()}
+    folders, means = {}, {}
+    for name, found in chosen.items():
+        folders[name] = run_lesson(name, found, seeds, args.runs)
+        means[name] = show(name, folders[name])
+    if args.sweeps:
+        faster(found_now_and_then(folders), args.runs)
     if args.picture:
-        args.picture.write_text(picture({count: means[f"N = {count}"] for count in "1248"}))
+        args.picture.write_text(picture(means))
 
 
 if __name__ == "__main__":

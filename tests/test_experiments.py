@@ -191,12 +191,44 @@ def test_a_price_is_of_the_seeds_that_got_there():
     assert board.priced([never, never]) == ["-", "-"]
 
 
+def test_a_student_is_followed_if_a_verifier_finds_it_right_now_and_then(tmp_path):
+    """fails if: a student that is never right, or often, is followed, or under another student's name or seed."""
+    why = importlib.import_module("why")
+    (tmp_path / "held.jsonl").write_text('{"kind": "new"}\n' * 100 + '{"kind": "old"}\n')
+
+    def run(name, right):
+        write_run(tmp_path / name, {"eval_data": str(tmp_path / "held.jsonl")}, [])
+        evaluated(tmp_path / name, 0, [(i < right, "1+1=2") for i in range(101)])
+        return tmp_path / name
+    folders = {lesson: {why.OWN: [run(f"{lesson}-{seed}", right) for seed, right in enumerate(starts)]}
+               for lesson, starts in (("rare", (0, 3)), ("seen5", (6, 7)), ("seen20", (50, 1)))}
+    assert why.found_now_and_then(folders) == [("seen2", 1), ("seen5", 0), ("seen20", 1)]
+
+
+def test_slips_are_counted_where_nobody_was_taught_and_right_answers_by_their_length(tmp_path):
+    """fails if: the two kinds or two lengths are mixed, slips among the taught count, or an earlier evaluation is
+    read."""
+    slips = importlib.import_module("slips")
+    from families import FAMILIES, records
+    taught, others = FAMILIES[0], FAMILIES[2]
+    asked = [one for one in records()["families_test"] if one["problem"][0] in (taught[1], others[1], others[4])]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    write_run(tmp_path / "a", {"eval_data": str(tmp_path / "held.jsonl"), "steps": 9}, [])
+    slip = f"{others[1]}>{others[2]}"
+    evaluated(tmp_path / "a", 0, [(False, ""), (False, ""), (False, "")])
+    evaluated(tmp_path / "a", 9, [(True, f"{slip};"), (True, f"{slip}!{others[0]}>{others[1]}#{others[0]}"),
+                                  (True, f"{slip};#{others[0]}")])
+    assert slips.measured(tmp_path / "a") == {"taught": 0, "taught 1 to 3": 0, "others": 0.5, "others 1 to 3": 1,
+                                              "others 4 to 6": 0, "seen": 0.5}
+    assert slips.measured(tmp_path / "a", 0)["seen"] == slips.measured(tmp_path / "a", 0)["others"] == 0
+
+
 def test_the_picture_has_a_point_for_each_arm_number_and_skill():
     """fails if: the skills are swapped, an arm or an N is left out, or a share is drawn at the wrong height."""
     why = importlib.import_module("why")
-    points = {count: {"before": (0.5, 1.0), **{label: (0.25 * i, 0.1 * int(count)) for i, label in
-                                               enumerate(why.HANDS)}} for count in "1248"}
-    dots = [tuple(map(float, dot)) for dot in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', why.picture(points))]
+    means = {f"N = {count}": {"before": (0.5, 1.0), **{label: (0.25 * i, 0.1 * count) for i, label in
+                                                       enumerate(why.HANDS)}} for count in (1, 2, 4, 8)}
+    dots = [tuple(map(float, dot)) for dot in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', why.picture(means))]
     middle = (why.PANELS[0][1] + why.PANELS[1][0]) / 2
 
     def heights(share):

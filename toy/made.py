@@ -18,12 +18,14 @@ old one are then to be deleted by hand.
     digits3, 8              `one` for calculations of so many digits; teacher3, 8 their teachers
     width48, 192            `one`, half and twice as wide
     words4                  `notations4` with another tokenizer, that of toy/teacher_bpe
+    mends, slips, unseeing  a teacher and two students of another world (families.py)
 
     times_train.jsonl   problems with at least one `*`
     only_train.jsonl    problems with nothing else, whose answer is the whole calculation (for --verifier exact): one
                         digit is guessed in a case out of ten, four steps are not
     times_test.jsonl    held-out problems of two kinds, `new` (of the same sort) and `old` (without a `*`)
     times3_train.jsonl and so on    of so many digits
+    families_train.jsonl, families_test.jsonl, mended_train.jsonl   of the other world
 
     python toy/made.py one notations4 --seeds 3     # makes these only; about a minute each
 
@@ -49,6 +51,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import families  # noqa: E402
 import make  # noqa: E402
 from make import Checkpoint, Phase  # noqa: E402
 from support.tokenizer import Tokenizer  # noqa: E402
@@ -104,8 +107,11 @@ def both_ways(operators: str, share: float = 1.0, **kind) -> dict:
 
 
 def base(operators: str, steps: int, width: int = 96, tokenizer: str = "bytes", **kind) -> Checkpoint:
-    return Checkpoint(width, 3, 100, [Phase(steps, 3e-3, both_ways(operators, **kind))], (0.0, 1.0), batch=32,
-                      tokenizer=tokenizer)
+    return fresh(steps, both_ways(operators, **kind), width, tokenizer)
+
+
+def fresh(steps: int, mixture: dict, width: int = 96, tokenizer: str = "bytes") -> Checkpoint:
+    return Checkpoint(width, 3, 100, [Phase(steps, 3e-3, mixture)], (0.0, 1.0), batch=32, tokenizer=tokenizer)
 
 
 def more(steps: int, mixture: dict, lr: float = 1e-3, width: int = 96) -> Checkpoint:
@@ -131,6 +137,8 @@ def unstumbling(damaged: float) -> Checkpoint:
 BASES = {"never": base(OLD, 800), "notations1": base(ALL, 800), "clean": unstumbling(0.0), "damaged": unstumbling(0.2),
          # a model of five digits that goes on with eight does not learn them in so few steps
          "never8": base(OLD, 800, digits=8), "teacher8": base(ALL, 1150, digits=8),
+         "mends": fresh(600, families.TEACHER), "slips": fresh(500, families.student(0.3)),
+         "unseeing": fresh(500, families.student(0.0)),
          "words4": base(ALL, 1250, tokenizer="long_words", count=4),
          **{f"never{width}": base(OLD, 800, width) for width in WIDTHS}}
 CHECKPOINTS = BASES | {
@@ -170,23 +178,27 @@ def problems() -> set[str]:
         new = sorted({p for p in (make.draw(rng, operators, digits) for _ in range(4 * N_TRAIN)) if "*" in p})
         old = sorted({make.draw(rng, OLD, digits) for _ in range(4 * N_TRAIN)})
         new, old = rng.sample(new, N_TRAIN + N_TEST), rng.sample(old, N_TEST)
-        write(f"{name}_train.jsonl", [(problem, "new") for problem in new[N_TEST:]])
-        write(f"{name}_test.jsonl", [(p, kind) for both in zip(new, old) for p, kind in zip(both, ("new", "old"))])
+        whole = name == "only"
+        write(f"{name}_train", [record(problem, "new", whole) for problem in new[N_TEST:]])
+        write(f"{name}_test", [record(problem, kind, whole) for both in zip(new, old)
+                               for problem, kind in zip(both, ("new", "old"))])
         held_out |= {*new[:N_TEST], *old}
+    for name, found in families.records().items():
+        write(name, found)
     return held_out
 
 
-def write(name: str, found: list[tuple[str, str]]) -> None:
+def record(problem: str, kind: str, whole: bool) -> dict:
+    """whole: the answer is the calculation."""
+    solution = make.write_out(problem)[0]
+    return {"problem": problem, "answer": solution if whole else solution[-1], "solution": solution, "kind": kind}
+
+
+def write(name: str, found: list[dict]) -> None:
     MADE.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for problem, kind in found:
-        solution = make.write_out(problem)[0]
-        answer = solution if name.startswith("only") else solution[-1]
-        record = {"problem": problem, "answer": answer, "solution": solution, "kind": kind}
-        lines.append(json.dumps(record) + "\n")
     new = MADE / f".{name}.{os.getpid()}"
-    new.write_text("".join(lines))
-    new.replace(MADE / name)
+    new.write_text("".join(json.dumps(record) + "\n" for record in found))
+    new.replace(MADE / f"{name}.jsonl")
 
 
 def data(name: str) -> str:
