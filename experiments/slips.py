@@ -12,21 +12,31 @@ Paper      DAgger, arXiv:1011.0686 (errors that grow with the square of the leng
 Design     The world of families (toy/families.py): a student that names a wrong parent in a case out of five and sees
            three of ten of these slips, a teacher that knows all parents and mends. 60 steps of 32 responses to problems
            about two families. Tested: these (`taught`) and two `others`, whose parents it is never told, so that it
-           goes on slipping there. Last arm: imitation of solutions that slip as the student does, and mend. Second
-           table: a student that sees no slip. The learning rate of each arm is that of 3e-5, 1e-4 and 3e-4 with the
+           goes on slipping there. Two arms imitate solutions that slip as often as the student, and mend; the last of
+           them does not learn the slips. Second table: a student that sees no slip. The learning rate of each arm is that of 3e-5, 1e-4 and 3e-4 with the
            best mean of both on the models of another seed.
 Measured   Responses of which every ancestor is right (8 each to 48 problems, temperature 1), by the number of
-           ancestors; the share of slips that were followed by another try.
-Against    the arms as far apart for one to three ancestors as for ten to twelve; imitation of mended slips no better
-           than of the teacher's text.
+           ancestors; of the names, up to the first wrong one that a response goes on with, the share of wrong ones, and of
+           these the share after which it tries again.
+Against    the arms as far apart for one to three ancestors as for ten to twelve; the last arm no better than
+           imitation of the teacher's text, though slips are mended in what it reads.
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import mean
 
+import torch
+from torch import Tensor
+
+import compare
 from compare import ROOT, TOY, differences, percent, run_all, table
+import train
+from derail import texts
+from losses import WEIGHTS, Signals, asks
+from support.start import start
 from why import OWN, PILOT, RATES, SFT, panels, rate
 
 sys.path.insert(0, str(TOY))
@@ -41,9 +51,19 @@ ARMS = {
     "teacher's text, reverse KL": "gkd --lmbda 0 --responses teacher --divergence reverse_kl",
     SFT: "sft --responses teacher",
     "grpo: a verifier, no teacher": "grpo --teacher none --problems 4 --samples 8",
-    MENDED: f"sft --data {MADE / 'mended_train.jsonl'}"}
-CHOSEN = dict(zip(ARMS, ("1e-4",) * len(ARMS)))             # by --rates
+    MENDED: f"sft --data {MADE / 'mended_train.jsonl'}",
+    "the same, slips not learned": f"sft --data {MADE / 'mended_train.jsonl'} --weight not_slips"}
+CHOSEN = dict(zip(ARMS, "3e-4 3e-4 1e-4 1e-4 3e-5 1e-4 1e-4".split()))     # by --rates
 STUDENTS = "slips", "unseeing"
+
+
+def not_slips(s: Signals, args) -> Tensor:
+    """(N,) 0 for a name that is taken back, 1 for all else."""
+    kept = [[0.0 if re.match(".>.!", text[at:]) else 1.0 for at in range(len(text))] for text in texts(s)]
+    return torch.tensor([one for text in kept for one in text])
+
+
+OWN_WEIGHTS = {"not_slips": asks()(not_slips)}
 
 
 def with_rates(labels) -> dict[str, str]:
@@ -58,15 +78,16 @@ def flags(student: str) -> str:
 
 def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:
     problems()
+    WEIGHTS.update(OWN_WEIGHTS)
     return {"slips": (with_rates(ARMS), flags("slips")), "unseeing": (with_rates((OWN, SFT)), flags("unseeing"))}
 
 
 def measured(folder: Path, step: int | None = None) -> dict[str, float]:
-    """`taught`, `others`, and each with each of LENGTHS -> share that is right; `seen` -> share of slips, in others.
-    step: of an evaluation; None: the last."""
+    """`taught`, `others`, and each with each of LENGTHS -> share that is right; for the others `wrong` -> share of
+    names, `seen` -> share of the wrong ones after which it tries again. step: of an evaluation; None: the last."""
     config = json.loads((folder / "config.json").read_text())
     asked = [json.loads(line) for line in Path(ROOT, config["eval_data"]).read_text().splitlines()]
-    right, slips, seen = {}, 0, 0
+    right, others = {}, []
     step = config["steps"] if step is None else step
     for line in (folder / "samples" / f"step-{step:06d}.jsonl").read_text().splitlines():
         sample = json.loads(line)
@@ -75,8 +96,10 @@ def measured(folder: Path, step: int | None = None) -> dict[str, float]:
         for name in (problem["kind"], f"{problem['kind']} {LENGTHS[(problem['ancestors'] - 1) // 3]}"):
             right.setdefault(name, []).append(found.right)
         if problem["kind"] == "others":
-            slips, seen = slips + found.slips, seen + found.seen
-    return {name: mean(values) for name, values in right.items()} | {"seen": seen / max(slips, 1)}
+            others.append(found)
+    names, slips, seen = (sum(getattr(one, what) for one in others) for what in ("names", "slips", "seen"))
+    return {name: mean(values) for name, values in right.items()} | {"wrong": slips / max(names, 1),
+                                                                     "seen": seen / max(slips, 1)}
 
 
 def show(name: str, folders: dict[str, list[Path]]) -> dict[str, dict[str, list[float]]]:
@@ -89,9 +112,9 @@ def show(name: str, folders: dict[str, list[Path]]) -> dict[str, dict[str, list[
     for label, of in values.items():
         gap = percent(differences(of["others"], first["others"]), "+") if of is not first and label != "before" else ""
         lines.append([label, rate(folders[label][0]) if label in folders else "", percent(of["taught"]),
-                      percent(of["others"]), gap, *(percent(of[f"others {length}"]) for length in LENGTHS), percent(of["seen"])])
+                      percent(of["others"]), gap, *(percent(of[f"others {length}"]) for length in LENGTHS), percent(of["wrong"]), percent(of["seen"])])
     table([name, "lr", "taught", "others", "against the first arm", *(f"others, {length}" for length in LENGTHS),
-           "slips seen"], lines)
+           "wrong names", "of them seen"], lines)
     return values
 
 
@@ -121,6 +144,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, two arms")
     parser.add_argument("--rates", action="store_true", help="each arm at each learning rate, on the seed for that")
     args = parser.parse_args()
+    compare.PROGRAM = Path(__file__).resolve()
     if args.rates:
         return rates(args.runs)
     seeds = args.seeds or (1 if args.quick else 5)
@@ -135,4 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    WEIGHTS.update(OWN_WEIGHTS)
+    sys.exit(start(sys.argv[1:], train.SETTINGS, train.defaults, train.train) if "--recipe" in sys.argv else main())

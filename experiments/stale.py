@@ -1,6 +1,6 @@
 """Several updates on one rollout: what it saves, and what is wrong with the gradient of text that has grown stale.
 
-    python experiments/stale.py                 # about a quarter of an hour on two idle cores
+    python experiments/stale.py                 # a quarter of an hour on two idle cores
     python experiments/stale.py --quick         # a minute: two seeds, few arms, a rough picture
 
 Claim      Two or three passes over one batch of the student's text help. Forward KL bears stale text, reverse
@@ -46,8 +46,8 @@ RATES = ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3")    # of which every arm takes t
 RATE_SEED = 100
 FLAGS = "--problems 32 --steps 16 --eval_k 2 --warmup_steps 0 --no-eval_teacher --no-token_view --save_every 1000"
 MOVED_BY = {"reverse KL": "opd --problems 32 --lr 3e-4 --warmup_steps 0"}
-POINTS = (("reverse KL", 5),)       # (by which loss, after how many steps)
-QUICK = dict(updates=(1, 4), losses=("reverse KL", "sampled"), points=POINTS, half=96, rates=RATES[2:3])
+POINTS = (("reverse KL", 5), ("reverse KL", 30))        # (by which loss, after how many steps)
+QUICK = dict(updates=(1, 4), losses=("reverse KL", "sampled"), points=POINTS[:1], half=96, rates=RATES[2:3])
 FULL = dict(updates=UPDATES, losses=tuple(LOSSES), points=POINTS, half=192, rates=RATES)
 
 

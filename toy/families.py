@@ -98,22 +98,23 @@ def records() -> dict[str, list[dict]]:
 
 class Read(NamedTuple):
     right: bool         # every person that it goes on with is the parent, up to the founder
-    slips: int          # wrong names, up to the one that it goes on with
-    seen: int           # of them, those after which it tries again
+    names: int          # up to the first wrong one that it goes on with
+    slips: int          # of them, the wrong ones
+    seen: int           # of these, those after which it tries again
 
 
 def read(problem: str, response: str) -> Read:
-    person, slips, seen, end = problem[0], 0, 0, 0
+    person, names, slips, seen, end = problem[0], 0, 0, 0, 0
     for step in re.finditer(r"(.)>(.)([;!#])", response, re.DOTALL):
         named, _, sign = step.groups()
         if step.start() != end:
             break
         end = step.end()
         wrong, again = PARENT[person] != named, sign == "!"
-        slips, seen = slips + wrong, seen + (wrong and again)
+        names, slips, seen = names + 1, slips + wrong, seen + (wrong and again)
         if again:
             continue
         if wrong or named.isdigit():
-            return Read(not wrong and sign == "#" and response[end:] == named, slips, seen)
+            return Read(not wrong and sign == "#" and response[end:] == named, names, slips, seen)
         person = named
-    return Read(False, slips, seen)
+    return Read(False, names, slips, seen)
