@@ -12,8 +12,9 @@ Paper      DAgger, arXiv:1011.0686 (errors that grow with the square of the leng
 Design     The world of families (toy/families.py): a student that names a wrong parent in a case out of five and sees
            three of ten of these slips, a teacher that knows all parents and mends. 60 steps of 32 responses to problems
            about two families. Tested: these (`taught`) and two `others`, whose parents it is never told, so that it
-           goes on slipping there. Two arms imitate solutions that slip as often as the student, and mend; the last of
-           them does not learn the slips. Second table: a student that sees no slip. The learning rate of each arm is that of 3e-5, 1e-4 and 3e-4 with the
+           goes on slipping there. Two arms learn from given solutions that slip as often as the student, and mend:
+           cross-entropy learns to slip as well, reverse KL to the teacher does not. Second table: a student that sees
+           no slip. The learning rate of each arm is that of 3e-5, 1e-4 and 3e-4 with the
            best mean of both on the models of another seed.
 Measured   Responses of which every ancestor is right (8 each to 48 problems, temperature 1), by the number of
            ancestors; of the names, up to the first wrong one that a response goes on with, the share of wrong ones, and of
@@ -23,20 +24,11 @@ Against    the arms as far apart for one to three ancestors as for ten to twelve
 """
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from statistics import mean
 
-import torch
-from torch import Tensor
-
-import compare
 from compare import ROOT, TOY, differences, percent, run_all, table
-import train
-from derail import texts
-from losses import WEIGHTS, Signals, asks
-from support.start import start
 from why import OWN, PILOT, RATES, SFT, panels, rate
 
 sys.path.insert(0, str(TOY))
@@ -52,18 +44,9 @@ ARMS = {
     SFT: "sft --responses teacher",
     "grpo: a verifier, no teacher": "grpo --teacher none --problems 4 --samples 8",
     MENDED: f"sft --data {MADE / 'mended_train.jsonl'}",
-    "the same, slips not learned": f"sft --data {MADE / 'mended_train.jsonl'} --weight not_slips"}
+    "the same solutions, reverse KL": f"gkd --lmbda 0 --data {MADE / 'mended_train.jsonl'} --divergence reverse_kl"}
 CHOSEN = dict(zip(ARMS, "3e-4 3e-4 1e-4 1e-4 3e-5 1e-4 1e-4".split()))     # by --rates
 STUDENTS = "slips", "unseeing"
-
-
-def not_slips(s: Signals, args) -> Tensor:
-    """(N,) 0 for a name that is taken back, 1 for all else."""
-    kept = [[0.0 if re.match(".>.!", text[at:]) else 1.0 for at in range(len(text))] for text in texts(s)]
-    return torch.tensor([one for text in kept for one in text])
-
-
-OWN_WEIGHTS = {"not_slips": asks()(not_slips)}
 
 
 def with_rates(labels) -> dict[str, str]:
@@ -78,7 +61,6 @@ def flags(student: str) -> str:
 
 def stages(runs: Path) -> dict[str, tuple[dict[str, str], str]]:
     problems()
-    WEIGHTS.update(OWN_WEIGHTS)
     return {"slips": (with_rates(ARMS), flags("slips")), "unseeing": (with_rates((OWN, SFT)), flags("unseeing"))}
 
 
@@ -144,7 +126,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, two arms")
     parser.add_argument("--rates", action="store_true", help="each arm at each learning rate, on the seed for that")
     args = parser.parse_args()
-    compare.PROGRAM = Path(__file__).resolve()
     if args.rates:
         return rates(args.runs)
     seeds = args.seeds or (1 if args.quick else 5)
@@ -159,5 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    WEIGHTS.update(OWN_WEIGHTS)
-    sys.exit(start(sys.argv[1:], train.SETTINGS, train.defaults, train.train) if "--recipe" in sys.argv else main())
+    main()
