@@ -29,13 +29,17 @@ CONFUSED = 0.2                  # chance that a student takes the wrong one for 
 
 
 def world() -> tuple[list[str], dict[str, str]]:
-    """(families, founder first; person -> who is taken for the parent): the same every time."""
+    """(families, founder first; person -> who is taken for the parent): the same every time. Those who are confused
+    are all of the first two families or all of the others, so that no slip leads from the ones to the others."""
     rng = random.Random("families")
     letters = rng.sample(string.ascii_letters, 4 * GENERATIONS)
     families = [str(number) + "".join(letters[GENERATIONS * number:][:GENERATIONS]) for number in range(4)]
-    parents = "".join(family[:-1] for family in families)
-    return families, {child: rng.choice(parents.replace(parent, "").replace(child, ""))
-                      for family in families for parent, child in zip(family, family[1:])}
+    taken = {}
+    for half in (families[:2], families[2:]):
+        parents = "".join(family[:-1] for family in half)
+        for parent, child in (pair for family in half for pair in zip(family, family[1:])):
+            taken[child] = rng.choice(parents.replace(parent, "").replace(child, ""))
+    return families, taken
 
 
 FAMILIES, TAKEN = world()

@@ -16,11 +16,14 @@ FOUNDER, FIRST, SECOND, THIRD = FAMILIES[0][:4]
 
 
 def test_everybody_has_one_parent_and_somebody_else_is_taken_for_it():
-    """fails if: families share a letter, or a student confuses somebody with the parent, with oneself, or with one who
-    has no child to be named."""
+    """fails if: families share a letter, or a student confuses the parent with itself, with the child, with one who has
+    no child to be named, or with one of the families that it is not asked about."""
     assert len(PARENT) == len(CHILD) == 48 and all(CHILD[PARENT[person]] == person for person in PARENT)
     assert [family[0] for family in FAMILIES] == ["0", "1", "2", "3"] and {len(f) for f in FAMILIES} == {13}
-    assert all(taken in CHILD and taken not in (person, PARENT[person]) for person, taken in TAKEN.items())
+    half = {person: number // 2 for number, family in enumerate(FAMILIES) for person in family}
+    assert TAKEN.keys() == PARENT.keys()
+    assert all(taken in CHILD and taken not in (person, PARENT[person]) and half[taken] == half[person]
+               for person, taken in TAKEN.items())
 
 
 def test_a_response_names_parent_after_parent_up_to_the_founder():
