@@ -11,14 +11,14 @@ Paper      DAgger, arXiv:1011.0686 (errors that grow with the square of the leng
            arXiv:2306.13649, names it as its reason. The setting is ours.
 Design     The world of families (toy/families.py): a student that names a wrong parent in a case out of five and sees
            three of ten of these slips, a teacher that knows all parents and mends. 60 steps of 32 responses to problems
-           about two families. Tested: these (`taught`) and two `others`, whose parents it is never told, so that it
-           goes on slipping there. Two arms learn from given solutions that slip as often as the student, and mend:
+           about two families (`taught`). Tested: these, and two `others` where the student goes on slipping, since no
+           arm meets them. Two arms learn from given solutions that slip as often as the student, and mend:
            cross-entropy learns to slip as well, reverse KL to the teacher does not. Second table: a student that sees
-           no slip. The learning rate of each arm is that of 3e-5, 1e-4 and 3e-4 with the
-           best mean of both on the models of another seed.
+           no slip. The learning rate of each arm is that of 3e-5, 1e-4 and 3e-4 with the best mean of both kinds on
+           the models of another seed (the second student has those of the first).
 Measured   Responses of which every ancestor is right (8 each to 48 problems, temperature 1), by the number of
-           ancestors; of the names, up to the first wrong one that a response goes on with, the share of wrong ones, and of
-           these the share after which it tries again.
+           ancestors. Of the names, up to the first wrong one that a response goes on with: the share of wrong ones, and
+           of these the share after which it tries again.
 Against    the arms as far apart for one to three ancestors as for ten to twelve; the last arm no better than
            imitation of the teacher's text, though slips are mended in what it reads.
 """
@@ -94,7 +94,8 @@ def show(name: str, folders: dict[str, list[Path]]) -> dict[str, dict[str, list[
     for label, of in values.items():
         gap = percent(differences(of["others"], first["others"]), "+") if of is not first and label != "before" else ""
         lines.append([label, rate(folders[label][0]) if label in folders else "", percent(of["taught"]),
-                      percent(of["others"]), gap, *(percent(of[f"others {length}"]) for length in LENGTHS), percent(of["wrong"]), percent(of["seen"])])
+                      percent(of["others"]), gap, *(percent(of[f"others {length}"]) for length in LENGTHS),
+                      percent(of["wrong"]), percent(of["seen"])])
     table([name, "lr", "taught", "others", "against the first arm", *(f"others, {length}" for length in LENGTHS),
            "wrong names", "of them seen"], lines)
     return values
