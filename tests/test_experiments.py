@@ -211,15 +211,15 @@ def test_slips_are_counted_where_nobody_was_taught_and_right_answers_by_their_le
     slips = importlib.import_module("slips")
     from families import FAMILIES, records
     taught, others = FAMILIES[0], FAMILIES[2]
-    asked = [one for one in records()["families_test"] if one["problem"][0] in (taught[1], others[1], others[4])]
+    asked = [one for one in records()["families_test"] if one["problem"][0] in (taught[1], others[3], others[4])]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     write_run(tmp_path / "a", {"eval_data": str(tmp_path / "held.jsonl"), "steps": 9}, [])
     slip = f"{others[1]}>{others[2]}"
     evaluated(tmp_path / "a", 0, [(False, ""), (False, ""), (False, "")])
-    evaluated(tmp_path / "a", 9, [(True, f"{slip};"), (True, f"{slip}!{others[0]}>{others[1]}#{others[0]}"),
+    evaluated(tmp_path / "a", 9, [(True, f"{slip};"), (True, f"{slip}!{asked[1]['solution']}"),
                                   (True, f"{slip};#{others[0]}")])
     assert slips.measured(tmp_path / "a") == {"taught": 0, "taught 1 to 3": 0, "others": 0.5, "others 1 to 3": 1,
-                                              "others 4 to 6": 0, "wrong": 2 / 3, "seen": 0.5}
+                                              "others 4 to 6": 0, "wrong": 2 / 5, "seen": 0.5}
     assert slips.measured(tmp_path / "a", 0) | {"wrong": 0, "seen": 0, "others": 0} == slips.measured(tmp_path / "a", 0)
 
 

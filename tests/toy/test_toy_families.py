@@ -61,7 +61,7 @@ def test_a_student_that_sees_nothing_goes_on_with_the_ancestors_of_the_wrong_one
     (f"{FIRST}>{SECOND}!{FIRST}>{SECOND};{FOUNDER}>{FIRST}#{FOUNDER}", Read(False, 2, 2, 1)),
     (f"{SECOND}>{THIRD};{FIRST}>{SECOND};{FOUNDER}>{FIRST}#{FIRST}", Read(False, 3, 0, 0)),     # another answer
     (f"{SECOND}>{THIRD};{FIRST}>{SECOND};{FOUNDER}>{FIRST};", Read(False, 3, 0, 0)),    # no end
-    (f"{SECOND}>{THIRD};{FIRST}", Read(False, 1, 0, 0)),
+    (f"{FOUNDER}>{FIRST}#{FOUNDER}", Read(False, 1, 1, 0)), (f"{SECOND}>{THIRD};{FIRST}", Read(False, 1, 0, 0)),
     (f"#{FOUNDER}", Read(False, 0, 0, 0)), ("", Read(False, 0, 0, 0)),
     (f"{SECOND}>{THIRD};x{FIRST}>{SECOND};{FOUNDER}>{FIRST}#{FOUNDER}", Read(False, 1, 0, 0))])     # something between
 def test_reading_a_response(response, found):
