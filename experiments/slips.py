@@ -45,7 +45,7 @@ ARMS = {
     "grpo: a verifier, no teacher": "grpo --teacher none --problems 4 --samples 8",
     MENDED: f"sft --data {MADE / 'mended_train.jsonl'}",
     "the same solutions, reverse KL": f"gkd --lmbda 0 --data {MADE / 'mended_train.jsonl'} --divergence reverse_kl"}
-CHOSEN = dict(zip(ARMS, "3e-4 3e-4 1e-4 1e-4 3e-5 1e-4 1e-4".split()))     # by --rates
+CHOSEN = dict(zip(ARMS, "3e-4 3e-4 3e-4 3e-4 3e-5 3e-4 1e-4".split()))     # by --rates
 STUDENTS = "slips", "unseeing"
 
 
