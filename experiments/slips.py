@@ -1,7 +1,7 @@
 """Slips: what becomes of a student's slips over a long response, by whose text it learned from.
 
-    python experiments/slips.py                 # minutes on two cores, after the models
-    python experiments/slips.py --quick         # one seed, two arms
+    python experiments/slips.py                 # six minutes on two cores, and seven for the models
+    python experiments/slips.py --quick         # one seed, two arms: two minutes, models included
     python experiments/slips.py --rates         # the learning rates in this file, on a seed used for nothing else
 
 Claim      Slips add up: one that is not mended spoils all that follows. In the text of a teacher that does not slip no
@@ -36,15 +36,15 @@ from families import read  # noqa: E402
 from made import MADE, data, made, problems  # noqa: E402
 
 LENGTHS = ("1 to 3", "4 to 6", "7 to 9", "10 to 12")       # ancestors
-MENDED = "sft: solutions with mended slips"
+GRPO, MENDED = "grpo: a verifier, no teacher", "solutions with mended slips, cross-entropy"
 ARMS = {
     OWN: "opd",
     "own text, forward KL": "opd --divergence forward_kl",
     "teacher's text, reverse KL": "gkd --lmbda 0 --responses teacher --divergence reverse_kl",
     SFT: "sft --responses teacher",
-    "grpo: a verifier, no teacher": "grpo --teacher none --problems 4 --samples 8",
+    GRPO: "grpo --teacher none --problems 4 --samples 8",
     MENDED: f"sft --data {MADE / 'mended_train.jsonl'}",
-    "the same solutions, reverse KL": f"gkd --lmbda 0 --data {MADE / 'mended_train.jsonl'} --divergence reverse_kl"}
+    "solutions with mended slips, reverse KL": f"gkd --lmbda 0 --data {MADE / 'mended_train.jsonl'} --divergence reverse_kl"}
 CHOSEN = dict(zip(ARMS, "3e-4 3e-4 3e-4 3e-4 3e-5 3e-4 1e-4".split()))     # by --rates
 STUDENTS = "slips", "unseeing"
 
@@ -115,7 +115,8 @@ def picture(values: dict[str, dict[str, list[float]]]) -> str:
     """What is right by the number of ancestors. values: of the first table."""
     points = [{length: {row: mean(of[f"{kind} {length}"]) for row, of in values.items()} for length in LENGTHS}
               for kind in ("taught", "others")]
-    return panels(("families that it was asked about", "others"), "ancestors", points, ARMS)
+    return panels(("families that it was asked about", "others"), "ancestors", points,
+                  [label for label in ARMS if label not in (GRPO, MENDED)])
 
 
 def main() -> None:

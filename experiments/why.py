@@ -36,8 +36,8 @@ from compare import (ROOT, TOY, accuracy_by, columns, cost_to_reach, differences
 
 sys.path[:0] = [str(TOY), str(ROOT / "docs")]
 from made import DIGITS, MADE, SEEN, WIDTHS, data, made, notation, problems  # noqa: E402
-from make_picture import (BOTTOM, COLOURS, GREY, INK, ORANGE, PANELS, TOP, curve, drawing, scale,  # noqa: E402
-                          shares, text)
+from make_picture import (BOTTOM, COLOURS, GREY, HEIGHT, ORANGE, PANELS, TOP, curve, drawing,  # noqa: E402
+                          scale, shares, text)
 
 PILOT, RATES = 6, ("3e-5", "1e-4", "3e-4")
 OWN = "opd: own text, reverse KL"
@@ -228,7 +228,7 @@ def rates(runs: Path) -> None:
 def panels(titles: tuple[str, str], below: str, heights: list[dict[str, dict[str, float]]], arms) -> str:
     """Two panels of shares with a curve for each arm, and what was before, dashed. heights: for each panel, place on
     its lower axis -> arm or `before` -> share."""
-    drawn, lines = [], [*zip(arms, (*COLOURS, ORANGE, INK), [""] * len(arms)), ("before", GREY, "6 4")]
+    drawn, lines = [], [*zip(arms, (*COLOURS, ORANGE), [""] * len(arms)), ("before", GREY, "6 4")]
     for (left, right), title, found in zip(PANELS, titles, heights):
         drawn += [f'<rect x="{left}" y="{TOP}" width="{right - left}" height="{BOTTOM - TOP}" fill="none" '
                   f'stroke="{GREY}" stroke-opacity="0.5"/>', text((left + right) / 2, TOP - 14, title, size=13),
@@ -240,10 +240,10 @@ def panels(titles: tuple[str, str], below: str, heights: list[dict[str, dict[str
             drawn.append(curve(dots, colour, dashes))
             if not dashes:
                 drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in dots]
-    drawn += [text(PANELS[0][0] + 12, BOTTOM - 12 - 17 * (len(lines) - 1 - row),
-                   f"{label} (dashed)" if dashes else label, "start", colour=colour)
-              for row, (label, colour, dashes) in enumerate(lines)]
-    return drawing(drawn)
+    for place, (label, colour, dashes) in enumerate(lines):
+        drawn.append(text(PANELS[place % 2][0], HEIGHT + 14 + 17 * (place // 2), f"{label} (dashed)" if dashes else label,
+                          "start", colour=colour))
+    return drawing(drawn, HEIGHT + 17 * (len(lines) + 1) // 2 + 8)
 
 
 def picture(means: dict[str, dict[str, tuple[float, float]]]) -> str:
