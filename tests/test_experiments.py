@@ -238,6 +238,22 @@ def test_the_picture_has_a_point_for_each_arm_number_and_skill():
     assert old == pytest.approx([heights(0.1 * count) for _ in range(4) for count in (1, 2, 4, 8)], abs=0.06)
 
 
+def test_the_picture_of_slips_has_a_point_for_each_arm_and_length():
+    """fails if: taught and others are swapped, lengths are mixed, or the mean over seeds is not what is drawn."""
+    slips = importlib.import_module("slips")
+    values = {row: {f"{kind} {length}": [share + 0.1 * at, share + 0.1 * at + 0.02]
+                    for kind, share in (("taught", 0.5), ("others", 0.1)) for at, length in enumerate(slips.LENGTHS)}
+              for row in ("before", *slips.ARMS)}
+    svg = slips.picture(values)
+    dots = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', svg)]
+    panel = importlib.import_module("why")
+    wanted = [panel.BOTTOM - (panel.BOTTOM - panel.TOP) * (share + 0.1 * at + 0.01)
+              for share in (0.5, 0.1) for _ in range(5) for at in range(4)]
+    assert dots == pytest.approx(wanted, abs=0.06)
+    assert [label for label in slips.ARMS if label.replace("'", "&#x27;") in svg] == [
+        label for label in slips.ARMS if label not in (slips.GRPO, slips.MENDED)]
+
+
 def test_estimates_on_stale_text_have_the_gradients_that_are_said_of_them():
     """Over every token that the writer b could have drawn, where the student p has moved on. Without its clip the
     sampled loss has the gradient of KL(p||q) - KL(p||b): nothing in its credit holds the student back.
