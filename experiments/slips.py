@@ -37,14 +37,15 @@ from made import MADE, data, made, problems  # noqa: E402
 
 LENGTHS = ("1 to 3", "4 to 6", "7 to 9", "10 to 12")       # ancestors
 GRPO, MENDED = "grpo: a verifier, no teacher", "solutions with mended slips, cross-entropy"
+SLIPPING = f"--data {MADE / 'mended_train.jsonl'}"
 ARMS = {
     OWN: "opd",
     "own text, forward KL": "opd --divergence forward_kl",
     "teacher's text, reverse KL": "gkd --lmbda 0 --responses teacher --divergence reverse_kl",
     SFT: "sft --responses teacher",
     GRPO: "grpo --teacher none --problems 4 --samples 8",
-    MENDED: f"sft --data {MADE / 'mended_train.jsonl'}",
-    "solutions with mended slips, reverse KL": f"gkd --lmbda 0 --data {MADE / 'mended_train.jsonl'} --divergence reverse_kl"}
+    MENDED: f"sft {SLIPPING}",
+    "solutions with mended slips, reverse KL": f"gkd --lmbda 0 --divergence reverse_kl {SLIPPING}"}
 CHOSEN = dict(zip(ARMS, "3e-4 3e-4 3e-4 3e-4 3e-5 3e-4 1e-4".split()))     # by --rates
 STUDENTS = "slips", "unseeing"
 

@@ -241,8 +241,8 @@ def panels(titles: tuple[str, str], below: str, heights: list[dict[str, dict[str
             if not dashes:
                 drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in dots]
     for place, (label, colour, dashes) in enumerate(lines):
-        drawn.append(text(PANELS[place % 2][0], HEIGHT + 14 + 17 * (place // 2), f"{label} (dashed)" if dashes else label,
-                          "start", colour=colour))
+        name = f"{label} (dashed)" if dashes else label
+        drawn.append(text(PANELS[place % 2][0], HEIGHT + 14 + 17 * (place // 2), name, "start", colour=colour))
     return drawing(drawn, HEIGHT + 17 * (len(lines) + 1) // 2 + 8)
 
 

@@ -103,7 +103,8 @@ def reference_flash(q_NQH, k_MRH, v_MRH, at):
         q_QnH = q_NQH[begin:end].transpose(0, 1)
         k_QmH, v_QmH = (x[first:first + used].transpose(0, 1).repeat_interleave(group, 0) for x in (k_MRH, v_MRH))
         scores = q_QnH @ k_QmH.mT / q_QnH.shape[2] ** 0.5
-        back = torch.arange(used - (end - begin), used)[:, None] - torch.arange(used)   # the last query sees the last key
+        # the last query sees the last key
+        back = torch.arange(used - (end - begin), used)[:, None] - torch.arange(used)
         if at.used_k is None:
             scores = scores.masked_fill(back < 0, -torch.inf)
         if at.window >= 0:

@@ -87,8 +87,8 @@ def test_a_family_gives_the_logits_of_transformers(tmp_path):
             "hidden = model.response_hidden(out.tokens_BT, out.mask_BT)\n"
             "logp = model.logits(hidden).log_softmax(-1).gather(1, out.rows(out.tokens_BT)[:, None]).squeeze(1)\n"
             "assert torch.allclose(logp, out.rows(out.logp_BT), atol=1e-4)\n")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "gemma"), str(tmp_path / "expected.pt")], cwd=copy,
-                          capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "gemma"), str(tmp_path / "expected.pt")],
+                          cwd=copy, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 

@@ -54,6 +54,14 @@ def test_functions_of_the_six_fit_a_screen():
                 assert len(node.args.args) + len(node.args.kwonlyargs) <= 10, (name, node.name)
 
 
+def test_lines_fit_a_window():
+    """fails if: a line of code is wider than 120 columns, in the tests and experiments too."""
+    folders = "bench", "docs", "experiments", "extras", "support", "tests", "toy"
+    files = [*ROOT.glob("*.py"), *python_files(*folders)]
+    assert [f"{path.relative_to(ROOT)}:{number}" for path in files
+            for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120] == []
+
+
 def test_core_and_support_import_no_extra():
     """fails if: a core file reaches into extras/, at its top or inside a function; support/extras.py alone looks for
     it"""

@@ -33,7 +33,8 @@ print(json.dumps({"shown": shown, "accuracy": space.get("accuracy")}))
 def run(cells, folder):
     """The cells in order in one process, as a notebook in this folder would run them."""
     return subprocess.run([sys.executable, "-c", RUN], cwd=folder, input=json.dumps(cells), capture_output=True,
-                          text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                          text=True, timeout=180,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,8 @@ def test_it_trains_with_the_command_of_the_readme():
 
 @pytest.mark.parametrize("flags, words", [
     (["--quick"], "unknown flag --quick"), (["--price", "two"], "--price takes dollars per hour"),
-    (["--price"], "--price takes"), (["--runs"], "--runs takes a folder"), (["--dry", "--runs", "/dev/null/x"], "no folder can be made there")])
+    (["--price"], "--price takes"), (["--runs"], "--runs takes a folder"),
+    (["--dry", "--runs", "/dev/null/x"], "no folder can be made there")])
 def test_a_wrong_flag_is_one_sentence(tmp_path, flags, words):
     """fails if: it is passed over, or ends in a message of bash"""
     shutil.copy(ROOT / "speedrun.sh", tmp_path)

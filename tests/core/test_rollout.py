@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 @pytest.mark.parametrize("slots", [1, 5, 64])
 def test_stored_logp_and_entropy_equal_a_plain_forward(temperature, slots, record_property):
     """Measured: 2e-6 nats, with refilled slots as with fresh ones.
-    fails if: copy_rows leaves length_B behind, free() copies one key less, sample() scores at temperature 1, or decode() repeats token 1."""
+    fails if: copy_rows leaves length_B behind, free() copies one key less, sample() scores at temperature 1, or
+    decode() repeats token 1."""
     model = small()
     rollout = write(model, temperature=temperature, slots=slots)
     logp_N, entropy_N = scored(model, rollout, temperature)

@@ -156,7 +156,8 @@ def test_only_good_responses_of_the_teacher_are_kept_and_written_once(pair, comm
         assert mine == (good if i else [*good, ids(run, "31")])
     monkeypatch.setattr(given, "generate", None)
     assert given.teacher_responses(run, run_folder) == kept
-    assert ready(command, recipe="sg", pts_weight=0.0).before_first_step == [fast.prove, token_view.begin]     # nobody asks
+    unasked = ready(command, recipe="sg", pts_weight=0.0)
+    assert unasked.before_first_step == [fast.prove, token_view.begin]
 
 
 def test_a_teacher_without_one_good_response_is_an_error(pair, command, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""extras/newer.py: each rule equals its formula written out, in float64; what is claimed of an expectation is enumerated."""
+"""extras/newer.py: each rule equals its formula written out, in float64; expectations are enumerated."""
 
 import pytest
 import torch
@@ -47,7 +47,8 @@ def test_iw_counts_what_is_still_to_come():
         part = size[start:start + n]
         wanted += [1 + 0.7 * (1 - sum(part[:t]) / sum(part)) for t in range(n)]
         start += n
-    torch.testing.assert_close(iw(s, Config(iw_gain=0.7)), torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    wanted = torch.tensor(wanted, dtype=torch.float64)
+    torch.testing.assert_close(iw(s, Config(iw_gain=0.7)), wanted, rtol=1e-12, atol=1e-12)
     same = s.replace(teacher_logp_N=s.behavior_logp_N)
     assert torch.equal(iw(same, Config(iw_gain=0.7)), torch.full((8,), 1.7, dtype=torch.float64))
 
@@ -63,7 +64,8 @@ def test_power_is_bounded_and_has_the_sign_of_the_log_ratio():
 
 
 def test_vopd_has_the_expected_gradient_of_opd_and_less_variance():
-    """Over every token that could be drawn, weighted by p, at 300 random prefixes. fails if: the mean has the wrong sign, or is KL(q||p)."""
+    """Over every token that could be drawn, weighted by p, at 300 random prefixes.
+    fails if: the mean has the wrong sign, or is KL(q||p)."""
     z, r = rows(N=300)
     p_NV, q_NV = r.student_NV.detach(), r.teacher_NV
     kl_N = (p_NV.exp() * (p_NV - q_NV)).sum(-1)
@@ -75,7 +77,8 @@ def test_vopd_has_the_expected_gradient_of_opd_and_less_variance():
             b_N = p_NV[:, a]
             s = Signals(teacher_logp_N=q_NV[:, a], behavior_logp_N=b_N, reverse_kl_N=kl_N)
             advantage_N = vopd(s, ARGS) if name == "vopd" else losses.log_ratio(s)
-            loss_N = losses.policy_gradient(r._replace(token_N=token_N, behavior_logp_N=b_N, advantage_N=advantage_N), ARGS)
+            drawn = r._replace(token_N=token_N, behavior_logp_N=b_N, advantage_N=advantage_N)
+            loss_N = losses.policy_gradient(drawn, ARGS)
             grad = torch.autograd.grad(loss_N.sum(), z, retain_graph=True)[0]
             weight = p_NV[:, a:a + 1].exp()
             first, second = first + weight * grad, second + weight * grad.square()
@@ -146,8 +149,8 @@ def test_tropd_blends_by_the_trust_in_the_token(outside):
     wanted_N = trust * pg_N + (1 - trust) * imitate_N * (outside == "imitate")
     found_N = tropd(r, cfg)
     torch.testing.assert_close(found_N, wanted_N, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(torch.autograd.grad(found_N.sum(), z, retain_graph=True)[0], gradient(wanted_N, z), rtol=1e-10,
-                               atol=1e-13)
+    (found,) = torch.autograd.grad(found_N.sum(), z, retain_graph=True)
+    torch.testing.assert_close(found, gradient(wanted_N, z), rtol=1e-10, atol=1e-13)
     assert 0 < trust.min() < 1 == trust.max()
 
 

@@ -13,7 +13,8 @@ RECIPE_NEEDS = {
     "gkd": "teacher", "sft": "", "multi": "teacher", "opsd": "teacher", "sdft": "teacher",
     "sdpo": "teacher reward group", "sg": "teacher reward group reference", "exopd": "teacher reference",
     "rlsd": "teacher reward group", "xtok": "teacher", "lightning": "teacher",
-    "iw": "teacher", "power": "teacher", "vopd": "kl teacher", "opsa": "", "sdpg": "teacher reward group", "veto": "teacher",
+    "iw": "teacher", "power": "teacher", "vopd": "kl teacher", "opsa": "", "sdpg": "teacher reward group",
+    "veto": "teacher",
     "rlcsd": "teacher reward group",
     "tropd": "teacher", "topd": "teacher"}
 

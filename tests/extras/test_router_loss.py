@@ -25,8 +25,8 @@ def test_value_and_gradient_are_those_of_transformers_over_the_whole_step(max_to
     ours, coef = load_model(tmp_path), 0.3
     rollout = generate(ours, [tokens(n, seed=n).tolist() for n in (3, 30, 9)], max_new_tokens=[20, 5, 30], stop_ids=())
     losses.zero_gradients(ours)
-    found = balance(SimpleNamespace(student=ours, cfg=SimpleNamespace(router_aux_loss=coef, micro_batch_tokens=max_tokens)),
-                    SimpleNamespace(rollout=rollout))
+    cfg = SimpleNamespace(router_aux_loss=coef, micro_batch_tokens=max_tokens)
+    found = balance(SimpleNamespace(student=ours, cfg=cfg), SimpleNamespace(rollout=rollout))
     total_B1 = (rollout.prompt_len_B + rollout.length_B)[:, None]
     real_BT = torch.arange(rollout.tokens_BT.shape[1]) < total_B1
     out = theirs(rollout.tokens_BT, attention_mask=real_BT.long(), output_router_logits=True)

@@ -26,8 +26,9 @@ def seconds_apart(record):
     return {key: value for key, value in record.items() if "second" not in key}
 
 
-@pytest.mark.parametrize("flags", [{}, dict(recipe="fire", fire_drop=0.5), dict(recipe="sg", samples=3, pts_weight=0.0), dict(recipe="sft"),
-                                   dict(recipe="grpo", teacher="none", samples=3), dict(dtype="bfloat16")], ids=str)
+@pytest.mark.parametrize("flags", [
+    {}, dict(recipe="fire", fire_drop=0.5), dict(recipe="sg", samples=3, pts_weight=0.0), dict(recipe="sft"),
+    dict(recipe="grpo", teacher="none", samples=3), dict(dtype="bfloat16")], ids=str)
 def test_keeping_tokens_changes_no_number_of_the_run(flags, command, tmp_path):
     """fails if: the view draws from the step's random numbers, moves the student, or leaves another batch's notes."""
     first = ["--recipe", flags["recipe"]] if "recipe" in flags else []
@@ -61,7 +62,8 @@ def test_columns_are_those_of_a_plain_pass_before_the_update(command, tmp_path):
                  and run.batch.problems[b].prompt == sample["prompt"])
         prompt, response = rollout.tokens_BT[b, :rollout.prompt_len_B[b]].tolist(), rollout.response(b)
         with torch.no_grad():
-            p_NV, q_NV = (predictions(model, prompt, response, 0.7) for model in (before.student, before.kind.models[0]))
+            both = before.student, before.kind.models[0]
+            p_NV, q_NV = (predictions(model, prompt, response, 0.7) for model in both)
         wanted = {"kl": (p_NV.exp() * (p_NV - q_NV)).sum(-1), "student_entropy": -(p_NV.exp() * p_NV).sum(-1),
                   "teacher_entropy": -(q_NV.exp() * q_NV).sum(-1), "behavior_logp": sampled(p_NV, response),
                   "teacher_logp": sampled(q_NV, response), "weight": torch.ones(len(response)),
@@ -89,12 +91,15 @@ def test_a_dropped_response_is_among_the_kept_and_a_second_start_goes_on(command
 def test_across_tokenizers_both_cuts_hold_the_same_chunks(tmp_path, world):
     """fails if: a chunk's number on one side names another text on the other."""
     from conftest import TINY
-    flags = {**TINY, "student": world / "student", "teacher": world / "teacher_sp" if (world / "teacher_sp").exists() else None,
-             "data": world / "train.jsonl", "eval_data": world / "test.jsonl", "runs": tmp_path / "runs", "min_coverage": 0.0}
+    teacher = world / "teacher_sp"
+    flags = {**TINY, "student": world / "student", "teacher": teacher if teacher.exists() else None,
+             "data": world / "train.jsonl", "eval_data": world / "test.jsonl", "runs": tmp_path / "runs",
+             "min_coverage": 0.0}
     if flags["teacher"] is None:
         flags["teacher"], flags["align"] = world / "teacher", "always"
     assert train.main(["--recipe", "xtok", *(f"--{key}={value}" for key, value in flags.items())]) == 0
-    samples = [sample for view in views(tmp_path / "runs/a").values() for sample in view["training"] if "chunks" in sample]
+    samples = [sample for view in views(tmp_path / "runs/a").values() for sample in view["training"]
+               if "chunks" in sample]
     assert samples
     for sample in samples:
         for chunk in {c for c in sample["chunks"] if c >= 0}:
@@ -111,6 +116,7 @@ def test_of_a_teacher_that_told_its_likeliest_tokens_only_those_are_shown(flags,
     assert train.main(command(cache_teacher=tmp_path / "told", **flags)) == 0
     for view in views(tmp_path / "runs/a").values():
         for sample in view["training"]:
-            assert all(x is None for x in sample["columns"]["kl"]) and all(x >= 0 for x in sample["columns"]["kl_at_least"])
+            assert all(x is None for x in sample["columns"]["kl"])
+            assert all(x >= 0 for x in sample["columns"]["kl_at_least"])
             assert all(len(theirs) == flags["cache_topk"] for _, theirs in sample["top"])
             assert all(x is not None for x in sample["columns"]["teacher_logp"])

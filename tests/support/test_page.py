@@ -12,17 +12,20 @@ from support import page
 from support.report import curve_line
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_a_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here: apt-get install chromium, and the page is drawn")
-HOSTILE = ["</script><script>document.body.setAttribute('data-hacked','1')</script>", "<img src=x onerror=alert(1)>", "&lt;b&gt;",
-           "\u2028\u2029", "<!--", "]]>", "{{7*7}}", "\x00\x1b[31m", '"DATA"', "SCRIPT_HASH", "\ud800", "a\nb\tc", ""]
+in_a_browser = pytest.mark.skipif(
+    not BROWSER, reason="no Chromium here: apt-get install chromium, and the page is drawn")
+HOSTILE = ["</script><script>document.body.setAttribute('data-hacked','1')</script>", "<img src=x onerror=alert(1)>",
+           "&lt;b&gt;", "\u2028\u2029", "<!--", "]]>", "{{7*7}}", "\x00\x1b[31m", '"DATA"', "SCRIPT_HASH",
+           "\ud800", "a\nb\tc", ""]
 
 
 def write_run(folder, steps=40, seed=0, accuracy=0.5, pieces=("7", "+", "<|end|>"), **config):
     """A run's folder as train.py leaves it: three evaluations, `steps` steps, one view of tokens."""
     n = len(pieces)
     (folder / "tokens").mkdir(parents=True)
-    config = dict(recipe="fire", student="toy/student", teacher="toy/teacher", steps=steps, weight="fire", advantage="opd",
-                  divergence="policy_gradient", problems=4, samples=2, seed=seed, name=folder.name, **config)
+    config = dict(recipe="fire", student="toy/student", teacher="toy/teacher", steps=steps, weight="fire",
+                  advantage="opd", divergence="policy_gradient", problems=4, samples=2, seed=seed,
+                  name=folder.name, **config)
     (folder / "config.json").write_text(json.dumps(config))
     lines = [{"config": config}, {"step": 0, "eval": {"avg@2": 0.2, "avg@2_ci": [0.1, 0.3], "seconds": 1.0},
                                   "eval_teacher": {"avg@2": 0.9, "avg@2_ci": [0.8, 1.0]}}]
@@ -54,8 +57,9 @@ def drawn(text, tmp_path, width=1000, probe=""):
     (tmp_path / "page.html").write_text(text)
     flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
              "--disable-component-update --disable-sync --virtual-time-budget=3000").split()
-    done = subprocess.run([BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom",
-                           f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+                           "--dump-dom", f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True,
+                          timeout=120)
     return done.stdout
 
 
@@ -88,7 +92,8 @@ def test_runs_that_differ_in_their_seed_are_one_line(tmp_path):
     assert data_of(out.read_text())["lines"] == [[0, 1], [2]]
 
 
-@pytest.mark.parametrize("arguments, words", [(["nowhere"], "no folder of a run"), (["RUN", "RUN"], "--out"), ([".."], "no folder")])
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere"], "no folder of a run"), (["RUN", "RUN"], "--out"), ([".."], "no folder")])
 def test_a_wrong_command_is_one_sentence(arguments, words, tmp_path, capsys):
     write_run(tmp_path / "a")
     assert page.main([argument.replace("RUN", str(tmp_path / "a")) for argument in arguments]) == 2
@@ -113,7 +118,8 @@ def test_a_browser_draws_it_at_every_width(width, tmp_path):
     """fails if: the script stops at an error, a part is missing, or a phone has to scroll sideways."""
     folder = write_run(tmp_path / "a")
     page.write_page(folder)
-    probe = ("document.body.setAttribute('data-wide', document.documentElement.scrollWidth > innerWidth ? 'yes' : 'no');"
+    probe = ("document.body.setAttribute('data-wide', "
+             "document.documentElement.scrollWidth > innerWidth ? 'yes' : 'no');"
              "document.querySelector('.said .t').click();")
     dom = drawn((folder / "report.html").read_text(), tmp_path, width, probe)
     assert 'data-drawn="yes"' in dom and 'data-wide="no"' in dom
@@ -122,14 +128,16 @@ def test_a_browser_draws_it_at_every_width(width, tmp_path):
 
 @in_a_browser
 def test_hostile_text_stays_text(tmp_path):
-    """fails if: a model's text becomes an element or runs, wherever the page shows it: token, prompt, title, details."""
+    """fails if: a model's text becomes an element or runs, wherever the page shows it: token, prompt, title,
+    details."""
     folder = write_run(tmp_path / "<img src=x onerror=alert(1)>", pieces=HOSTILE)
     page.write_page(folder)
     probe = ("for (const token of document.querySelectorAll('.said .t')) token.click();"
              "document.body.setAttribute('data-images', document.images.length);"
              "document.body.setAttribute('data-scripts', document.scripts.length);")
     dom = drawn((folder / "report.html").read_text(), tmp_path, probe=probe)
-    assert 'data-drawn="yes"' in dom and 'data-images="0"' in dom and 'data-scripts="3"' in dom and "data-hacked=" not in dom
+    assert 'data-drawn="yes"' in dom and 'data-images="0"' in dom and 'data-scripts="3"' in dom
+    assert "data-hacked=" not in dom
     assert "&lt;img src=x onerror=alert(1)&gt;" in dom
 
 
@@ -139,7 +147,8 @@ def test_a_script_that_is_not_the_pages_own_does_not_run(tmp_path):
     folder = write_run(tmp_path / "a")
     page.write_page(folder)
     text = (folder / "report.html").read_text()
-    dom = drawn(text.replace("</body>", "<script>document.body.setAttribute('data-hacked', '1')</script></body>"), tmp_path)
+    hack = "<script>document.body.setAttribute('data-hacked', '1')</script></body>"
+    dom = drawn(text.replace("</body>", hack), tmp_path)
     assert 'data-drawn="yes"' in dom and "data-hacked=" not in dom.replace("setAttribute('data-hacked'", "")
 
 

@@ -38,7 +38,8 @@ def test_transformers_loads_them_and_finds_the_same_logits_and_prompt(folder):
 
 
 def test_student_and_teacher_share_a_tokenizer_and_the_problems_are_a_dozen(folder):
-    """fails if: the two could not be a pair, a published solution would be graded wrong, or the head has no spare rows"""
+    """fails if: the two could not be a pair, a published solution would be graded wrong, or the head has no spare
+    rows."""
     student, teacher = (Tokenizer(folder / name) for name in ("student", "teacher"))
     assert student.vocab() == teacher.vocab() and len(student.stop_ids) == 2
     assert load_model(folder / "student").config.vocab_size > student.vocab_size

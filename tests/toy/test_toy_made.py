@@ -101,7 +101,8 @@ def test_a_checkpoint_is_made_once_and_again_when_its_description_changes(here, 
 
 
 def test_a_checkpoint_goes_on_from_one_of_its_width_and_speaks_its_own_tokens(here, monkeypatch):
-    """fails if: a width goes on from a model of another, or a checkpoint gets the usual tokenizer instead of its own."""
+    """fails if: a width goes on from a model of another, or a checkpoint gets the usual tokenizer in place of its
+    own."""
     for name, row in made.CHECKPOINTS.items():
         assert made.parent(name) is None or made.CHECKPOINTS[made.parent(name)].width == row.width
     tiny = make.Checkpoint(32, 1, 100, [make.Phase(1, 1e-3, made.both_ways(made.ALL))], (0.0, 1.0), batch=2,

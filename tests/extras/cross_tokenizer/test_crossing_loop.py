@@ -288,7 +288,8 @@ def test_what_a_foreign_teacher_writes_is_translated(world, command, tmp_path, m
         else:
             run.train[:] = [replace(p, answer="3") for p in run.train]
             folder = folder_of(tmp_path / run.cfg.recipe)
-            cold, = (first for first in run.before_first_step if first not in (check_tokenizers, fast.prove, token_view.begin))
+            others = check_tokenizers, fast.prove, token_view.begin
+            cold, = (first for first in run.before_first_step if first not in others)
             cold(run, folder, None)
             kept = given.teacher_responses(run, folder)
             assert kept and all(found == [wanted] for found in kept.values())

@@ -53,7 +53,8 @@ def test_greedy_tokens_are_those_of_transformers(case):
 def write(model):
     """Ragged prompts, ragged limits, slots that are refilled and that move."""
     prompts = [tokens(n, seed=n).tolist() for n in (3, 31, 9, 1, 50, 5, 5)]
-    return generate(model, prompts, samples=2, max_new_tokens=[9, 40, 30, 60, 20, 10, 1], stop_ids=(0, 7), slots=4, seed=3)
+    budgets = [9, 40, 30, 60, 20, 10, 1]
+    return generate(model, prompts, samples=2, max_new_tokens=budgets, stop_ids=(0, 7), slots=4, seed=3)
 
 
 def test_what_the_sampler_stores_is_what_training_computes(case, record_property):

@@ -15,7 +15,8 @@ from support.memory import sized
 from support.model_config import ModelConfig
 from support.weights import load_model
 
-ONE_EACH = "mistral-window", "gemma3", "olmo2", "olmo3-yarn", "phi3-partial-window", "smollm3-window", "qwen3-moe", "qwen3_5"
+ONE_EACH = ("mistral-window", "gemma3", "olmo2", "olmo3-yarn", "phi3-partial-window", "smollm3-window", "qwen3-moe",
+            "qwen3_5")
 
 
 def write_family(name, folder, pair, seed=0):
@@ -117,19 +118,20 @@ def test_what_a_family_does_not_have_is_one_sentence_that_names_the_key(name, ch
 GEMMA_4B = dict(model_type="gemma3", vision_config=dict(hidden_size=1152), text_config=dict(
     model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, sliding_window=1024,
     rope_scaling=dict(factor=8.0, rope_type="linear")))
-OLMO3_7B = dict(model_type="olmo3", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                num_key_value_heads=32, vocab_size=100278, max_position_embeddings=65536, sliding_window=4096,
+OLMO3_7B = dict(model_type="olmo3", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                num_attention_heads=32, num_key_value_heads=32, vocab_size=100278, max_position_embeddings=65536,
+                sliding_window=4096,
                 rope_theta=500000, rms_norm_eps=1e-6, rope_scaling=dict(
                     rope_type="yarn", factor=8.0, original_max_position_embeddings=8192, beta_fast=32.0, beta_slow=1.0,
                     attention_factor=1.2079441541679836))
 QWEN3_30B = dict(model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
                  num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936, num_experts=128,
                  num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1,
-                 mlp_only_layers=[], rope_theta=1e6, sliding_window=None, use_sliding_window=False, max_window_layers=48,
-                 max_position_embeddings=40960, router_aux_loss_coef=0.001)
+                 mlp_only_layers=[], rope_theta=1e6, sliding_window=None, use_sliding_window=False,
+                 max_window_layers=48, max_position_embeddings=40960, router_aux_loss_coef=0.001)
 PHI4 = dict(model_type="phi3", hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
-            num_key_value_heads=10, vocab_size=100352, max_position_embeddings=16384, rope_theta=250000, rope_scaling=None,
-            sliding_window=None, original_max_position_embeddings=16384, rms_norm_eps=1e-5)
+            num_key_value_heads=10, vocab_size=100352, max_position_embeddings=16384, rope_theta=250000,
+            rope_scaling=None, sliding_window=None, original_max_position_embeddings=16384, rms_norm_eps=1e-5)
 SMOLLM3 = dict(model_type="smollm3", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
                num_attention_heads=16, num_key_value_heads=4, vocab_size=128256, max_position_embeddings=65536,
                rope_theta=5e6, no_rope_layer_interval=4, use_sliding_window=False, sliding_window=None)
@@ -148,7 +150,8 @@ def test_what_published_files_leave_out_is_filled_in():
     assert gemma.own["windows"] == [None if (layer + 1) % 6 == 0 else 1024 for layer in range(34)]
     assert [rope["rope_theta"] for rope in gemma.own["ropes"].values()] == [1e6, 1e4]
     assert [rope["rope_type"] for rope in gemma.own["ropes"].values()] == ["linear", "default"]
-    assert (gemma.num_attention_heads, gemma.num_key_value_heads, gemma.head_dim, gemma.tie_word_embeddings) == (8, 4, 256, True)
+    assert (gemma.num_attention_heads, gemma.num_key_value_heads, gemma.head_dim) == (8, 4, 256)
+    assert gemma.tie_word_embeddings is True
     assert olmo.own["windows"] == [None if (layer + 1) % 4 == 0 else 4096 for layer in range(32)]
     assert [rope["rope_type"] for rope in olmo.own["ropes"].values()] == ["yarn", "default"]
     assert [bool(turn) for turn in ModelConfig.from_dict(SMOLLM3).own["turns"]] == [(n + 1) % 4 != 0 for n in range(36)]

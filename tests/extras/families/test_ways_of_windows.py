@@ -1,5 +1,5 @@
-"""A window is the same window whichever way attention is computed: padded, packed end to end, over a cache, over a cache
-that flash attention reads, in layers whose activations are recomputed."""
+"""A window is the same window whichever way attention is computed: padded, packed end to end, over a cache, over a
+cache that flash attention reads, in layers whose activations are recomputed."""
 import pytest
 import torch
 from family_cases import CASES, write_peer
@@ -70,4 +70,5 @@ def test_a_window_is_a_band_by_definition(window, length):
     for t in range(first, length):
         cache.length_B[:], cache.longest = t, t
         _, seen = cache.begin(torch.zeros(2, 1, dtype=torch.int64))
-        torch.testing.assert_close(keys.attend(0, q[:, t:t + 1], k[:, t:t + 1], v[:, t:t + 1], seen), wanted[:, t:t + 1])
+        found = keys.attend(0, q[:, t:t + 1], k[:, t:t + 1], v[:, t:t + 1], seen)
+        torch.testing.assert_close(found, wanted[:, t:t + 1])
