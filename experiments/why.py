@@ -79,10 +79,10 @@ RARE = {
     OWN: "opd --problems 8 --samples 8",
     "grpo: a verifier, no teacher": "grpo --teacher none --problems 8 --samples 8",
     SFT: "sft --responses teacher --problems 64"}
-FASTER = {      # of which a student is followed that a verifier finds right now and then
+FASTER = {      # the arms that follow a student whose share of right answers begins in NOW_AND_THEN
     OWN: "opd --problems 8 --samples 8 --lr 3e-4 --steps 90",
     "grpo: a verifier, no teacher": "grpo --teacher none --problems 8 --samples 8 --lr 3e-4 --steps 360"}
-NOW_AND_THEN, GOALS = (0.01, 0.06), (0.2, 0.4)
+NOW_AND_THEN, GOALS = (0.01, 0.065), (0.2, 0.4)
 RARE_STUDENTS = [f"seen{percent}" for percent in SEEN]
 RUINED = {
     OWN: "opd", SFT: "sft --responses teacher",
@@ -135,6 +135,7 @@ def sweeps() -> dict[str, Lesson]:
 
 
 def followed(student: str) -> Lesson:
+    """`rare` with an evaluation every ten steps, and a verifier that has four times as long."""
     found = rare(student, FASTER)
     return found._replace(flags=f"{found.flags} --eval_every 10 --eval_k 2")
 
@@ -184,11 +185,11 @@ def found_now_and_then(folders: dict[str, dict[str, list[Path]]]) -> list[tuple[
     runs."""
     low, high = NOW_AND_THEN
     return [(student, seed) for student, name in zip(RARE_STUDENTS, ("rare", *RARE_STUDENTS[1:]))
-            for seed, folder in enumerate(folders[name][OWN]) if low <= round(measured(folder, 0)[0], 2) <= high]
+            for seed, folder in enumerate(folders[name][OWN]) if low <= measured(folder, 0)[0] <= high]
 
 
 def faster(students: list[tuple[str, int]], runs: Path) -> None:
-    """What it takes a teacher and a verifier to the same shares of right answers."""
+    """Prints what it takes a teacher and a verifier to get these students to the same shares of right answers."""
     rows, times = [], {}
     for student, seed in students:
         folders = run_lesson(f"{student} followed", followed(student), 1, runs, seed)
@@ -228,7 +229,8 @@ def rates(runs: Path) -> None:
 def panels(titles: tuple[str, str], below: str, heights: list[dict[str, dict[str, float]]], arms) -> str:
     """Two panels of shares with a curve for each arm, and what was before, dashed. heights: for each panel, place on
     its lower axis -> arm or `before` -> share."""
-    drawn, lines = [], [*zip(arms, (*COLOURS, ORANGE), [""] * len(arms)), ("before", GREY, "6 4")]
+    colours = (*COLOURS, ORANGE)[:len(arms)]
+    drawn, lines = [], [*zip(arms, colours, [""] * len(arms), strict=True), ("before", GREY, "6 4")]
     for (left, right), title, found in zip(PANELS, titles, heights):
         drawn += [f'<rect x="{left}" y="{TOP}" width="{right - left}" height="{BOTTOM - TOP}" fill="none" '
                   f'stroke="{GREY}" stroke-opacity="0.5"/>', text((left + right) / 2, TOP - 14, title, size=13),
