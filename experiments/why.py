@@ -114,7 +114,6 @@ def lessons(runs: Path) -> dict[str, Lesson]:
         "N = 1": lesson("one", "notations1", at("N = 1", HANDS)), "N = 4": lesson("one", "notations4", hands),
         "N = 4, as many FLOPs": lesson("one", "notations4", {SFT: hands[SFT]}, steps=75),
         "N = 4, larger steps": lesson("one", "notations4", RUINING),
-        "N = 4, other tokens": lesson("one", "words4", at("N = 4, other tokens", WORDS)),
         "knows both": lesson("both", "notations2", at("knows both", BOTH)),
         "rare": rare("seen2"),
         "ruined": lesson(ruined, "notations4", at("ruined", RUINED))}
@@ -127,6 +126,7 @@ def sweeps() -> dict[str, Lesson]:
         **{f"N = {count}": lesson("one", f"notations{count}", at(f"N = {count}", HANDS))
            for count in (1, 2, 4, 8)},
         "N = 4, four times as long": lesson("one", "notations4", four, steps=240),
+        "N = 4, other tokens": lesson("one", "words4", at("N = 4, other tokens", WORDS)),
         **{f"N = 4, width {width}": lesson(f"width{width}", "notations4", four) for width in WIDTHS},
         "rare, smaller steps": rare("seen2", smaller),
         "rare": rare("seen2"), **{f"seen{percent}": rare(f"seen{percent}") for percent in SEEN[1:]},
