@@ -49,7 +49,7 @@ ARMS = {
     GRPO: "grpo --teacher none --problems 4 --samples 8",
     MENDED: f"sft {SLIPPING}",
     "solutions with mended slips, reverse KL": f"gkd --lmbda 0 --divergence reverse_kl {SLIPPING}"}
-CHOSEN = dict(zip(ARMS, "3e-4 3e-4 3e-4 3e-4 3e-5 3e-4 1e-4".split()))     # by --rates
+CHOSEN = dict(zip(ARMS, "3e-4 3e-4 3e-4 3e-4 1e-4 3e-4 3e-4".split()))     # by --rates
 STUDENTS = {"slips": tuple(ARMS), "unseeing": (OWN, FORWARD, SFT)}
 QUICK = {"slips": (OWN, SFT)}
 
