@@ -98,7 +98,7 @@ def show(name: str, folders: dict[str, list[Path]]) -> dict[str, dict[str, list[
     rates = {label: rate(found[0]) for label, found in folders.items()}
     table([name, "lr", *MEASURES], [[label, rates.get(label, ""), *(percent(of[key]) for key in MEASURES)]
                                     for label, of in values.items()])
-    table([f"{name}: less than {OWN}", *MEASURES],
+    table([f"{name}, against {OWN}", *MEASURES],
           [[label, *(percent(differences(of[key], values[OWN][key]), "+") for key in MEASURES)]
            for label, of in values.items() if label not in ("before", OWN)])
     return values
