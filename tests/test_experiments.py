@@ -217,9 +217,9 @@ def test_slips_are_counted_where_nobody_was_taught_and_right_answers_by_their_le
     slip = f"{others[1]}>{others[2]}"
     evaluated(tmp_path / "a", 0, [(False, ""), (False, ""), (False, "")])
     evaluated(tmp_path / "a", 9, [(True, f"{slip};"), (True, f"{slip}!{asked[1]['solution']}"),
-                                  (True, f"{slip};#{others[0]}")])
+                                  (True, f"{slip}!{slip};#{others[0]}")])
     assert slips.measured(tmp_path / "a") == {"taught": 0, "taught 1 to 3": 0, "others": 0.5, "others 1 to 3": 1,
-                                              "others 4 to 6": 0, "slips": 2 / 5, "seen": 0.5, "left": 1 / 5}
+                                              "others 4 to 6": 0, "slips": 3 / 6, "seen": 2 / 3, "left": 1 / 6}
     before = slips.measured(tmp_path / "a", 0)
     assert before["others"] == before["slips"] == before["seen"] == 0
 
