@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import mean
 
 from compare import ROOT, TOY, differences, percent, run_all, table
-from why import OWN, PILOT, SFT, panels, rate
+from why import GRPO, OWN, PILOT, SFT, panels, rate
 
 sys.path.insert(0, str(TOY))
 from families import read  # noqa: E402
@@ -38,8 +38,7 @@ from made import MADE, data, made, problems  # noqa: E402
 RATES = "3e-5", "1e-4", "3e-4", "1e-3"
 EACH, LENGTHS = 3, ("1 to 3", "4 to 6", "7 to 9", "10 to 12")       # ancestors, three numbers of them each
 MEASURES = ("taught", "others", *(f"others {length}" for length in LENGTHS), "slips", "seen", "left")
-FORWARD, GRPO = "own text, forward KL", "grpo: a verifier, no teacher"
-MENDED = "solutions with mended slips, cross-entropy"
+FORWARD, MENDED = "own text, forward KL", "solutions with mended slips, cross-entropy"
 SLIPPING = f"--data {MADE / 'mended_train.jsonl'}"
 ARMS = {
     OWN: "opd",

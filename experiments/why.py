@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from board import points
-from compare import (ROOT, TOY, accuracy_by, columns, cost_to_reach, differences, known, percent, run_all, slug, table)
+from compare import ROOT, TOY, accuracy_by, columns, cost_to_reach, differences, known, percent, run_all, slug, table
 
 sys.path[:0] = [str(TOY), str(ROOT / "docs")]
 from made import DIGITS, MADE, SEEN, WIDTHS, data, made, notation, problems  # noqa: E402
@@ -42,6 +42,7 @@ from make_picture import (BOTTOM, COLOURS, GREY, HEIGHT, ORANGE, PANELS, TOP, cu
 PILOT, RATES = 6, ("3e-5", "1e-4", "3e-4")
 OWN = "opd: own text, reverse KL"
 SFT = "sft: teacher's text, cross-entropy"
+GRPO = "grpo: a verifier, no teacher"
 
 
 class Lesson(NamedTuple):
@@ -77,11 +78,10 @@ WORDS = {
     SFT: f"sft --responses teacher {READ}"}
 RARE = {
     OWN: "opd --problems 8 --samples 8",
-    "grpo: a verifier, no teacher": "grpo --teacher none --problems 8 --samples 8",
+    GRPO: "grpo --teacher none --problems 8 --samples 8",
     SFT: "sft --responses teacher --problems 64"}
-FASTER = {      # the arms that follow a student whose share of right answers begins in NOW_AND_THEN
-    OWN: "opd --problems 8 --samples 8 --lr 3e-4 --steps 90",
-    "grpo: a verifier, no teacher": "grpo --teacher none --problems 8 --samples 8 --lr 3e-4 --steps 360"}
+# the arms that follow a student whose share of right answers begins in NOW_AND_THEN: a verifier has four times as long
+FASTER = {label: f"{RARE[label]} --lr 3e-4 --steps {steps}" for label, steps in ((OWN, 90), (GRPO, 360))}
 NOW_AND_THEN, GOALS = (0.01, 0.065), (0.2, 0.4)
 RARE_STUDENTS = [f"seen{percent}" for percent in SEEN]
 RUINED = {
@@ -135,7 +135,7 @@ def sweeps() -> dict[str, Lesson]:
 
 
 def followed(student: str) -> Lesson:
-    """`rare` with an evaluation every ten steps, and a verifier that has four times as long."""
+    """`rare` with the arms of FASTER and an evaluation every ten steps."""
     found = rare(student, FASTER)
     return found._replace(flags=f"{found.flags} --eval_every 10 --eval_k 2")
 
@@ -280,8 +280,8 @@ def main() -> None:
     for name, found in chosen.items():
         folders[name] = run_lesson(name, found, seeds, args.runs)
         means[name] = show(name, folders[name])
-    if args.sweeps:
-        faster(found_now_and_then(folders), args.runs)
+    if args.sweeps and (students := found_now_and_then(folders)):
+        faster(students, args.runs)
     if args.picture:
         args.picture.write_text(picture(means))
 
