@@ -204,14 +204,14 @@ def table(header: list[str], rows: list[list[str]]) -> None:
     print(flush=True)
 
 
-def options(doc: str, name: str, seeds: int, **more: str) -> argparse.Namespace:
-    """--seeds and --runs, for the scripts that take little else. more: name of a flag without a value -> its help."""
+def options(doc: str, name: str, seeds: int, quick: str = "") -> argparse.Namespace:
+    """--seeds and --runs, for the scripts that take nothing else; --quick where it says what that leaves."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=seeds, choices=range(1, max(STUDENT_T) + 1), metavar="N",
                         help=f"runs per arm, for the intervals (default: {seeds})")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="where the runs are kept")
-    for flag, meaning in more.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
     return parser.parse_args()
 
 

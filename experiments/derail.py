@@ -1,7 +1,6 @@
 """FiRe-OPD's filter where it was meant to help: students that derail, teachers that have not read such texts.
 
-    python experiments/derail.py                # a quarter of an hour on two cores, after eight minutes for checkpoints
-    python experiments/derail.py --sweeps       # students that derail less, and more: six minutes
+    python experiments/derail.py                # half an hour on two cores, eight minutes of it for the checkpoints
     python experiments/derail.py --quick --seeds 2      # two minutes, and three for the checkpoints: a rough picture
 
 Claim      Responses that the teacher finds unlikely are beyond its competence: what it says of them is worthless or
@@ -52,7 +51,6 @@ ARMS = {
 FEW, QUICK = ["no filter", "filter", "random", "oracle"], ["no filter", "filter", "oracle", "exact", "exact, filter"]
 PAIRS = {"derails20": ("clean", list(ARMS)), "breaks20": ("damaged", [*FEW, "exact", "exact, filter"]),
          "derails10": ("clean", FEW), "derails40": ("clean", FEW)}      # student: its teacher, and the arms
-SWEEPS = "derails10", "derails40"
 RATES, OTHER = (1e-4, 3e-4), 9          # OTHER: the seed of the teachers, and of the student that rates are chosen on
 FLAGS = "--steps 30 --problems 48 --eval_every 0 --eval_k 4 --no-eval_teacher --save_every 1000"
 
@@ -180,11 +178,9 @@ def print_arms(student: str, arms: dict[str, str], found: dict[str, list[Path]])
 
 
 def main() -> None:
-    args = options(__doc__, "derail", seeds=5, quick="five arms of one pair at one learning rate",
-                   sweeps="students that derail in 10 and in 40 of a hundred responses")
+    args = options(__doc__, "derail", seeds=5, quick="five arms of one pair at one learning rate")
     compare.PROGRAM, runs = Path(__file__).resolve(), args.runs / ("quick" if args.quick else "")
-    seeds, rates = args.seeds, {}
-    students = ["derails20"] if args.quick else [name for name in PAIRS if (name in SWEEPS) == args.sweeps]
+    seeds, students, rates = args.seeds, ["derails20"] if args.quick else list(PAIRS), {}
     made.made(students, list(range(seeds)))
     made.made(["clean"] if args.quick else ["clean", "damaged", "derails20"], [OTHER])
     if not args.quick:
