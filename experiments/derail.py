@@ -1,6 +1,6 @@
 """FiRe-OPD's filter where it was meant to help: students that derail, teachers that have not read such texts.
 
-    python experiments/derail.py                # half an hour on two cores, eight minutes of it for the checkpoints
+    python experiments/derail.py                # a quarter of an hour on two cores, after eight minutes for checkpoints
     python experiments/derail.py --quick --seeds 2      # two minutes, and three for the checkpoints: a rough picture
 
 Claim      Responses that the teacher finds unlikely are beyond its competence: what it says of them is worthless or
