@@ -22,14 +22,13 @@ Measured   Responses of which every ancestor is right (8 each to 48 problems, te
 Against    the arms as far apart for one to three ancestors as for more; reverse KL on mended slips no better than on
            the teacher's text.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 from statistics import mean
 
 from compare import ROOT, TOY, differences, percent, run_all, table
-from why import GRPO, OWN, PILOT, SFT, panels, rate
+from why import GRPO, OWN, PILOT, SFT, panels, parser_for, rate, try_rates
 
 sys.path.insert(0, str(TOY))
 from families import read  # noqa: E402
@@ -106,11 +105,8 @@ def show(name: str, folders: dict[str, list[Path]]) -> dict[str, dict[str, list[
 def rates(runs: Path) -> None:
     """The mean over taught and others of each arm at each rate, on the models of the pilot's seed."""
     made(["mends", "slips"], [PILOT])
-    tried = {f"{label} {lr}": f"{command} --lr {lr}" for label, command in ARMS.items() for lr in RATES}
-    found = {label: measured(folder) for label, (folder,) in run_all(tried, flags("slips"), 1, runs / "rates",
-                                                                     PILOT).items()}
-    table(["slips", *RATES], [[label, *(f"{mean(found[f'{label} {lr}'][kind] for kind in ('taught', 'others')):.1%}"
-                                        for lr in RATES)] for label in ARMS])
+    try_rates("slips", ARMS, flags("slips"), runs / "rates", RATES,
+              lambda folder: mean(measured(folder)[kind] for kind in ("taught", "others")))
 
 
 def picture(values: dict[str, dict[str, list[float]]]) -> str:
@@ -122,13 +118,7 @@ def picture(values: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=0, choices=range(1, 6), metavar="N",
-                        help="fresh models and one run per arm for each (default: 5)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/slips"), help="where the runs are kept")
-    parser.add_argument("--picture", type=Path, help="the file to draw to (docs/slips.svg)")
-    parser.add_argument("--quick", action="store_true", help="one seed, two arms")
-    parser.add_argument("--rates", action="store_true", help="each arm at each learning rate, on the seed for that")
+    parser = parser_for(__doc__, "slips", "the file to draw to (docs/slips.svg)", "one seed, two arms")
     args = parser.parse_args()
     if args.picture and args.quick:
         parser.error("--picture draws all arms: not with --quick")
